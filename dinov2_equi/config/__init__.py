@@ -1,0 +1,1 @@
+"""Configuration: typed schema, loading, rules that span sections, derived values."""

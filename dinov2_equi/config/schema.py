@@ -1,0 +1,445 @@
+"""Every key of the configuration, with its type, default and meaning.
+
+The keys of DINOv2 keep their names and defaults, so its training YAMLs load unchanged. Ours are added to its sections
+or stand in sections of their own: `equi`, `data`, `logging`. A YAML in `configs/` states only what differs from here.
+
+Conventions: sizes in pixels of a square crop; durations carry their unit in the name; one "epoch" is
+`train.OFFICIAL_EPOCH_LENGTH` steps, whatever the size of the data set; 0 or null switches off or means "choose for me"
+only where the text under the key says so. Ranges are checked in `validate.py`.
+
+Source: keys and defaults of DINOv2 after its `ssl_default_config.yaml`; `equi` after Wang et al., AAAI-26, section 4.1
+and table 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class ModelConfig:
+    """DINOv2's `MODEL` section."""
+
+    WEIGHTS: str = ""
+    """File with the weights of a whole model to start from when there is nothing to resume; empty: start afresh."""
+
+
+@dataclass
+class MixedPrecisionConfig:
+    """Number formats of one sharded module in DINOv2: each `fp32`, `fp16` or `bf16`."""
+
+    param_dtype: str = "fp16"
+    """Accepted for DINOv2's files, without effect here: see `compute_precision.autocast`."""
+
+    reduce_dtype: str = "fp16"
+    """Accepted for DINOv2's files, without effect here."""
+
+    buffer_dtype: str = "fp32"
+    """Accepted for DINOv2's files, without effect here."""
+
+
+@dataclass
+class ModulePrecisionConfig:
+    """Sharding and number formats of one module in DINOv2."""
+
+    sharding_strategy: str = "SHARD_GRAD_OP"
+    """`NO_SHARD`, `SHARD_GRAD_OP` or `FULL_SHARD`. Accepted for DINOv2's files, without effect here."""
+
+    mixed_precision: MixedPrecisionConfig = field(default_factory=MixedPrecisionConfig)
+
+
+def _student_head_precision() -> ModulePrecisionConfig:
+    """Return DINOv2's default for the heads of the student: gradients reduced in fp32."""
+    return ModulePrecisionConfig(mixed_precision=MixedPrecisionConfig(reduce_dtype="fp32"))
+
+
+@dataclass
+class TeacherPrecisionConfig:
+    """Sharding and number formats of the teacher's modules in DINOv2."""
+
+    backbone: ModulePrecisionConfig = field(default_factory=ModulePrecisionConfig)
+    dino_head: ModulePrecisionConfig = field(default_factory=ModulePrecisionConfig)
+    ibot_head: ModulePrecisionConfig = field(default_factory=ModulePrecisionConfig)
+
+
+@dataclass
+class StudentPrecisionConfig:
+    """Sharding and number formats of the student's modules in DINOv2."""
+
+    backbone: ModulePrecisionConfig = field(default_factory=ModulePrecisionConfig)
+    dino_head: ModulePrecisionConfig = field(default_factory=_student_head_precision)
+    ibot_head: ModulePrecisionConfig = field(default_factory=_student_head_precision)
+
+
+@dataclass
+class ComputePrecisionConfig:
+    """Number formats of the computation."""
+
+    grad_scaler: bool = True
+    """Accepted for DINOv2's files, without effect here: bf16 and fp32 need no loss scaling."""
+
+    autocast: str = "auto"
+    """Format of the matrix products: `fp32`, `bf16`, or `auto` for bf16 on CUDA and fp32 on the CPU. The losses are
+    always fp32."""
+
+    teacher: TeacherPrecisionConfig = field(default_factory=TeacherPrecisionConfig)
+    student: StudentPrecisionConfig = field(default_factory=StudentPrecisionConfig)
+
+
+@dataclass
+class HeadConfig:
+    """Projection head: a perceptron, L2 normalisation, and a weight-normalised layer to the prototypes."""
+
+    head_n_prototypes: int = 65536
+    """Output width, K."""
+
+    head_bottleneck_dim: int = 256
+    """Width before the last layer, where the features are normalised."""
+
+    head_nlayers: int = 3
+    """Number of layers of the perceptron."""
+
+    head_hidden_dim: int = 2048
+    """Hidden width of the perceptron."""
+
+
+@dataclass
+class DinoConfig(HeadConfig):
+    """Loss and head of the class tokens."""
+
+    loss_weight: float = 1.0
+    """Multiplier of the cross-entropy between the class tokens of student and teacher."""
+
+    koleo_loss_weight: float = 0.1
+    """Multiplier of the KoLeo regulariser, which spreads the class tokens of a batch."""
+
+
+@dataclass
+class IbotConfig(HeadConfig):
+    """Loss, masks and head of the masked patch tokens."""
+
+    loss_weight: float = 1.0
+    """Multiplier of the cross-entropy between the masked patch tokens of student and teacher."""
+
+    mask_sample_probability: float = 0.5
+    """Share of the global crops that are masked, in [0, 1]."""
+
+    mask_ratio_min_max: list[float] = field(default_factory=lambda: [0.1, 0.5])
+    """Smallest and largest share of masked patches in a masked crop: [min, max] in [0, 1]."""
+
+    separate_head: bool = False
+    """True: a head of its own, described by the `head_*` keys. False: the head of `dino` serves the patches too."""
+
+
+@dataclass
+class TrainConfig:
+    """Data, batch, checkpoints and device of a run."""
+
+    batch_size_per_gpu: int = 64
+    """Images in the batch of one process, B."""
+
+    dataset_path: str = "ImageNet:split=TRAIN"
+    """Data set: a folder of images, or a form such as `ImageNet:split=TRAIN:root=...` or `sample_photos`."""
+
+    output_dir: str = "."
+    """Folder of the run; `--output-dir` replaces it."""
+
+    saveckp_freq: int = 20
+    """Accepted for DINOv2's files, without effect there and here: see `checkpoint_every_steps`."""
+
+    seed: int = 0
+    """Seed of the initial weights, the order of the data, the augmentation and the masks."""
+
+    num_workers: int = 10
+    """Processes that load data, for each training process; 0 loads in the training process itself."""
+
+    OFFICIAL_EPOCH_LENGTH: int = 1250
+    """Steps in an "epoch", the unit of the schedules below."""
+
+    cache_dataset: bool = True
+    """Accepted for DINOv2's files, without effect there and here."""
+
+    centering: str = "centering"
+    """How the teacher's outputs are kept from collapsing: `centering` or `sinkhorn_knopp`."""
+
+    checkpoint_every_steps: int = 0
+    """Steps between two checkpoints; 0: three epochs, as DINOv2. The last step is always saved."""
+
+    checkpoint_keep: int = 3
+    """Number of checkpoints kept; older ones are deleted."""
+
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto` for CUDA where it is available."""
+
+    num_threads: int = 0
+    """CPU threads of torch in each training process; 0: torch decides."""
+
+
+@dataclass
+class StudentConfig:
+    """Backbone. The teacher is its moving average."""
+
+    arch: str = "vit_large"
+    """Name of the backbone: a key of `models.registry.ARCHS`."""
+
+    patch_size: int = 16
+    """Side of a patch, in pixels."""
+
+    drop_path_rate: float = 0.3
+    """Probability of skipping a residual branch, in [0, 1); in the student only."""
+
+    layerscale: float = 1.0e-05
+    """Initial value of LayerScale; 0 leaves LayerScale out."""
+
+    drop_path_uniform: bool = True
+    """True: the same rate in all blocks. False: growing linearly from 0 in the first to the rate in the last."""
+
+    pretrained_weights: str = ""
+    """File with backbone weights to start from; empty: random weights."""
+
+    ffn_layer: str = "mlp"
+    """Feed-forward layer: `mlp`, `swiglu`, `swiglufused` or `identity`."""
+
+    block_chunks: int = 0
+    """Number of groups of blocks; 0: one flat list. Changes the names of the parameters, as in DINOv2."""
+
+    qkv_bias: bool = True
+    """Bias in the projection to queries, keys and values."""
+
+    proj_bias: bool = True
+    """Bias in the output projection of the attention."""
+
+    ffn_bias: bool = True
+    """Bias in the feed-forward layer."""
+
+    num_register_tokens: int = 0
+    """Number of register tokens between the class token and the patch tokens."""
+
+    interpolate_antialias: bool = False
+    """Antialiasing when position embeddings are resized."""
+
+    interpolate_offset: float = 0.1
+    """Added to the grid size when position embeddings are resized; 0 resizes to the exact size."""
+
+
+@dataclass
+class TeacherConfig:
+    """Moving average of the student, and the temperature of its outputs."""
+
+    momentum_teacher: float = 0.992
+    """Momentum of the moving average at the first step, in [0, 1]."""
+
+    final_momentum_teacher: float = 1.0
+    """Momentum at the last step; a cosine in between."""
+
+    warmup_teacher_temp: float = 0.04
+    """Temperature of the teacher's softmax at the first step."""
+
+    teacher_temp: float = 0.07
+    """Temperature after the warm-up."""
+
+    warmup_teacher_temp_epochs: int = 30
+    """Length of the linear warm-up of the temperature, in epochs."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedules. All durations are in epochs of `train.OFFICIAL_EPOCH_LENGTH` steps."""
+
+    epochs: int = 100
+    """Length of the run."""
+
+    weight_decay: float = 0.04
+    """Weight decay at the first step."""
+
+    weight_decay_end: float = 0.4
+    """Weight decay at the last step; a cosine in between."""
+
+    base_lr: float = 0.004
+    """Peak learning rate for a batch of 1024 images; see `scaling_rule`."""
+
+    lr: float = 0.0
+    """Accepted for DINOv2's files, without effect: the learning rate is derived from `base_lr` and the batch size."""
+
+    warmup_epochs: int = 10
+    """Length of the linear warm-up of the learning rate."""
+
+    min_lr: float = 1.0e-06
+    """Learning rate at the last step; a cosine from the peak."""
+
+    clip_grad: float = 3.0
+    """Largest gradient norm of each part of the student; 0: no clipping."""
+
+    freeze_last_layer_epochs: int = 1
+    """Time during which the last layer of the heads is not trained."""
+
+    scaling_rule: str = "sqrt_wrt_1024"
+    """`sqrt_wrt_1024`: learning rate = base_lr * sqrt(images in a step / 1024)."""
+
+    patch_embed_lr_mult: float = 0.2
+    """Multiplier of the learning rate of the patch embedding."""
+
+    layerwise_decay: float = 0.9
+    """Factor of the learning rate from each block to the one before it, in (0, 1]; 1: the same for all."""
+
+    adamw_beta1: float = 0.9
+    """AdamW's decay of the mean gradient, in [0, 1)."""
+
+    adamw_beta2: float = 0.999
+    """AdamW's decay of the mean squared gradient, in [0, 1)."""
+
+
+@dataclass
+class CropsConfig:
+    """Multi-crop augmentation."""
+
+    global_crops_scale: list[float] = field(default_factory=lambda: [0.32, 1.0])
+    """Smallest and largest share of the image's area in a global crop: [min, max]."""
+
+    local_crops_number: int = 8
+    """Local crops of an image, L; 0: none."""
+
+    local_crops_scale: list[float] = field(default_factory=lambda: [0.05, 0.32])
+    """Smallest and largest share of the image's area in a local crop: [min, max]."""
+
+    global_crops_size: int = 224
+    """Side of a global crop, in pixels; a multiple of `student.patch_size`."""
+
+    local_crops_size: int = 96
+    """Side of a local crop, in pixels; a multiple of `student.patch_size`."""
+
+    blur: str = "intended"
+    """`intended`: blur as often as its probability says. `dinov2_released`: the inverted probabilities with which
+    DINOv2's released weights were trained."""
+
+
+@dataclass
+class DecoderConfig:
+    """Decoder that reconstructs the images on the transformation path."""
+
+    depth: int = 2
+    """Number of blocks."""
+
+    width: int | None = None
+    """Width of its tokens; null: scaled to the backbone."""
+
+    num_heads: int | None = None
+    """Attention heads; null: scaled to the width."""
+
+    mlp_ratio: float = 4.0
+    """Hidden width of its feed-forward layers divided by `width`."""
+
+
+@dataclass
+class EquiConfig:
+    """Equivariance branch. With `family` null the data are untouched, nothing is built, and the run is DINOv2."""
+
+    family: str | None = None
+    """Extra transform of the second global crop: a key of `equi.families.FAMILIES`; null: none."""
+
+    loss_weight: float = 0.0
+    """Multiplier of the reconstruction loss. 0 with a family set is the control run: the transform without the loss.
+    Source: lambda = 1 in the paper, equation 4."""
+
+    num_steps: int = 2
+    """Images reconstructed between the two views, S (the paper's K)."""
+
+    dim: int | None = None
+    """Width of the equivariant part of a token; null: a quarter of the token width (512 of 2048 in the paper)."""
+
+    projection_dim: int | None = None
+    """Width of a linear layer between backbone and split; null: the backbone's channels are split themselves."""
+
+    use_cls: bool = False
+    """True: the decoder also sees the equivariant part of the class token."""
+
+    fill: str = "reflect"
+    """What a transform puts where it has no pixel: `reflect` or `zeros`. Zeros show the angle in the black corners."""
+
+    max_rotation_deg: float = 45.0
+    """Rotations are uniform in [-max, max] degrees. Source: paper, table 2."""
+
+    max_translation_px: float = 10.0
+    """Translations are uniform in [-max, max] along each axis, in pixels of a 224-pixel crop; scaled with the crop.
+    Source: paper, table 2."""
+
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+
+
+@dataclass
+class DataConfig:
+    """Normalisation, and images kept back from training."""
+
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    """Mean of the red, green and blue channel of images in [0, 1]."""
+
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    """Standard deviation of the channels."""
+
+    holdout_fraction: float = 0.05
+    """Share of the training images kept back for the report's pictures and probe, in [0, 1); 0: none."""
+
+    holdout_path: str = ""
+    """Data set used for them instead, in the form of `train.dataset_path`; empty: keep back a share."""
+
+
+@dataclass
+class LoggingConfig:
+    """What a run writes about itself."""
+
+    metrics_every_steps: int = 10
+    """Steps between two lines of `training_metrics.json`."""
+
+    tensorboard: bool = True
+    """Write TensorBoard event files too."""
+
+    pictures_every_steps: int = 0
+    """Steps between two sets of pictures (reconstructions, features); 0: only at the end."""
+
+    report: bool = True
+    """Write `report.html` at the end."""
+
+
+@dataclass
+class EvaluationConfig:
+    """Evaluation during and after training."""
+
+    eval_period_iterations: int = 12500
+    """Steps between two exports of the teacher's weights; 0: only at the end."""
+
+    probe: bool = True
+    """At the end, regress the transform from the features of held-back image pairs, and say how well that works."""
+
+    probe_train_pairs: int = 4096
+    """Image pairs on which the regression is trained."""
+
+    probe_test_pairs: int = 1024
+    """Image pairs on which it is tested."""
+
+    probe_epochs: int = 40
+    """Passes over the training pairs."""
+
+    probe_size: int = 0
+    """Side of the probe's images, in pixels, a multiple of `student.patch_size`; 0: `crops.global_crops_size`."""
+
+    batch_size: int = 64
+    """Images in a batch of the evaluation."""
+
+
+@dataclass
+class Config:
+    """The whole configuration. Only `run/` and `train/` see it; all below take plain arguments."""
+
+    MODEL: ModelConfig = field(default_factory=ModelConfig)
+    compute_precision: ComputePrecisionConfig = field(default_factory=ComputePrecisionConfig)
+    dino: DinoConfig = field(default_factory=DinoConfig)
+    ibot: IbotConfig = field(default_factory=IbotConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    crops: CropsConfig = field(default_factory=CropsConfig)
+    equi: EquiConfig = field(default_factory=EquiConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

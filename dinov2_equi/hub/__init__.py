@@ -1,0 +1,1 @@
+"""Entry points of `torch.hub`; importable with torch alone."""

@@ -1,0 +1,1 @@
+"""Building blocks of the vision transformer and of the projection heads."""

@@ -1,0 +1,106 @@
+"""Transformer block with stochastic depth on a subset of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dinov2_equi.layers.attention import Attention
+from dinov2_equi.layers.layer_scale import LayerScale
+from dinov2_equi.layers.mlp import Mlp
+from dinov2_equi.layers.packing import TokenLayout
+
+LAYER_NORM_EPS = 1e-6
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then feed-forward, each added to its input.
+
+    In training a share `drop_path` of the images skips each of the two branches. The skipped images are not computed
+    at all: the branch runs on a random subset, and what it adds is scaled up so that its expectation does not change.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        ffn_bias: bool = True,
+        drop_path: float = 0.0,
+        init_values: float | None = None,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        ffn_layer: Callable[..., nn.Module] = Mlp,
+    ) -> None:
+        """Build the block; `init_values` None or 0 means no LayerScale.
+
+        Raises:
+            ValueError: if `drop_path` is outside [0, 1).
+        """
+        super().__init__()
+        if not 0.0 <= drop_path < 1.0:
+            raise ValueError(f"expected drop_path in [0, 1), got {drop_path}")
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias)
+        self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp = ffn_layer(dim, int(dim * mlp_ratio), act_layer=act_layer, bias=ffn_bias)
+        self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
+
+    def forward(self, x: Tensor, layout: TokenLayout | None = None) -> Tensor:
+        """Run the block.
+
+        Args:
+            x: packed tokens [R, D] with their `layout`; or [B, T, D] without one.
+            layout: where each image lies in the packed tokens.
+
+        Returns:
+            A tensor of the shape of `x`.
+        """
+        if layout is None:
+            batch, tokens, _ = x.shape
+            return self.forward(x.flatten(0, 1), ((batch, tokens),)).view_as(x)  # [B, T, D]
+        x = self._add_branch(x, layout, self._attention_branch)
+        return self._add_branch(x, layout, self._feed_forward_branch)
+
+    def _attention_branch(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        out: Tensor = self.ls1(self.attn(self.norm1(x), layout))
+        return out
+
+    def _feed_forward_branch(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        out: Tensor = self.ls2(self.mlp(self.norm2(x)))
+        return out
+
+    def _add_branch(self, x: Tensor, layout: TokenLayout, branch: Callable[[Tensor, TokenLayout], Tensor]) -> Tensor:
+        if not self.training or self.drop_path == 0.0:
+            return x + branch(x, layout)
+        rows, scale, kept_layout = draw_subset(layout, self.drop_path, x.device)
+        residual = branch(x.index_select(0, rows), kept_layout) * scale
+        return x.index_add(0, rows, residual.to(x.dtype))
+
+
+def draw_subset(layout: TokenLayout, drop_rate: float, device: torch.device) -> tuple[Tensor, Tensor, TokenLayout]:
+    """Draw the images that a branch runs on, separately for each crop size.
+
+    Of B images `max(int(B * (1 - drop_rate)), 1)` are kept, as in DINOv2. Uses the global random generator of `device`.
+
+    Returns:
+        Row indices [R'] int64 of the kept tokens, the factor [R', 1] float32 that makes up for the dropped images
+        (B / kept images of that crop size), and the layout of the kept rows.
+    """
+    rows, scales, kept_layout = [], [], []
+    first_row = 0
+    for images, tokens in layout:
+        kept = min(images, max(int(images * (1 - drop_rate)), 1))
+        chosen = torch.randperm(images, device=device)[:kept]  # [kept]
+        in_image = torch.arange(tokens, device=device)  # [T]
+        rows.append((first_row + chosen[:, None] * tokens + in_image).flatten())  # [kept*T]
+        scales.append(torch.full((kept * tokens, 1), images / max(kept, 1), device=device))
+        kept_layout.append((kept, tokens))
+        first_row += images * tokens
+    return torch.cat(rows), torch.cat(scales), tuple(kept_layout)

@@ -1,0 +1,1 @@
+"""Training losses of DINOv2: DINO, iBOT and KoLeo."""

@@ -1,0 +1,165 @@
+"""Reading backbone weights from files, and loading them without surprises."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import pickle
+import re
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinov2_equi.models.vision_transformer import chunk_size
+
+logger = logging.getLogger(__name__)
+
+BACKBONE_PREFIX = "backbone."
+WRAPPER_KEYS = ("teacher", "model")
+"""Keys under which DINOv2's training and fvcore put a state dict inside a `.pth` file."""
+
+MAX_LISTED = 20
+"""Differences of one kind that an error message names before it only counts them."""
+
+_BLOCK_KEY = re.compile(r"^blocks\.(?:(?P<chunk>\d+)\.)?(?P<block>\d+)\.(?P<rest>.+)")
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Return the backbone weights in a file, on the CPU.
+
+    Three forms are understood: a flat state dict (a released backbone), one wrapped as `{"teacher": ...}` or
+    `{"model": ...}`, and a teacher checkpoint, recognised by keys that start with `backbone.`: of that one the backbone
+    is returned with exactly this leading `backbone.` removed, and its heads are left out.
+
+    Args:
+        path: a `.safetensors` file, or anything else for `torch.load(weights_only=True)`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds no state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a weight file, but {path} does not exist or is no file; check the path")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    for wrapper in WRAPPER_KEYS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError(
+            f"expected {path} to hold a state dict (names to tensors), or one under "
+            f"{' or '.join(map(repr, WRAPPER_KEYS))}; got {_describe(content)}"
+        )
+    return _select_backbone({str(name): tensor for name, tensor in content.items()}, path)
+
+
+def _read_safetensors(path: Path) -> Any:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ImportError(f"reading {path} needs the package safetensors: pip install safetensors") from error
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no complete safetensors file ({error}); copy or download it again") from error
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a file of tensors ({type(error).__name__}); it is damaged, or it holds pickled "
+            "objects, which are never loaded because they can run code"
+        ) from error
+
+
+def _describe(content: Any) -> str:
+    if not isinstance(content, Mapping):
+        return f"an object of type {type(content).__name__}"
+    return f"a mapping with the keys {_listed(map(str, content))}" if content else "an empty mapping"
+
+
+def _select_backbone(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    if not any(name.startswith(BACKBONE_PREFIX) for name in state):
+        return state
+    left_out = [name for name in state if not name.startswith(BACKBONE_PREFIX)]
+    if left_out:
+        logger.info("%s: took the backbone, left out %d other tensors (heads)", path, len(left_out))
+    return {
+        name.removeprefix(BACKBONE_PREFIX): tensor for name, tensor in state.items() if name.startswith(BACKBONE_PREFIX)
+    }
+
+
+def rechunk_blocks(state: Mapping[str, Tensor], block_chunks: int, depth: int) -> dict[str, Tensor]:
+    """Return the same tensors under the names that a backbone with `block_chunks` uses.
+
+    Args:
+        state: backbone weights with names `blocks.{i}.*` or `blocks.{chunk}.{i}.*`.
+        block_chunks: wanted layout: 0 for `blocks.{i}.*`, above 0 for that many chunks.
+        depth: number of blocks.
+
+    Raises:
+        ValueError: if `block_chunks` does not suit the depth.
+    """
+    size = chunk_size(depth, block_chunks) if block_chunks else 0
+
+    def renamed(match: re.Match[str]) -> str:
+        block, rest = int(match["block"]), match["rest"]
+        return f"blocks.{block // size}.{block}.{rest}" if size else f"blocks.{block}.{rest}"
+
+    return {_BLOCK_KEY.sub(renamed, name): tensor for name, tensor in state.items()}
+
+
+def load_exact(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    allow_missing: Collection[str] = (),
+    allow_unexpected: Collection[str] = (),
+) -> None:
+    """Load `state` into `module`, or change nothing and list every difference.
+
+    Args:
+        module: receives the values; dtype and device stay as they are.
+        state: names to tensors.
+        allow_missing: names, or patterns such as `head.*`, of the module's tensors that may keep their values.
+        allow_unexpected: names or patterns that may be in `state` for nothing.
+
+    Raises:
+        ValueError: naming the tensors that are missing, unexpected or of another shape.
+    """
+    own = module.state_dict()
+    missing = _unmatched(own.keys() - state.keys(), allow_missing)
+    unexpected = _unmatched(state.keys() - own.keys(), allow_unexpected)
+    shapes = [
+        f"{name} (expected {list(own[name].shape)}, got {list(state[name].shape)})"
+        for name in own
+        if name in state and own[name].shape != state[name].shape
+    ]
+    problems = [
+        f"{kind}: {_listed(names)}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"the weights do not fit {type(module).__name__}; {'; '.join(problems)}. "
+            "Check the architecture, patch size, image size, ffn_layer, register tokens and block_chunks"
+        )
+    # The differences that are left were allowed by name above.
+    module.load_state_dict({name: tensor for name, tensor in state.items() if name in own}, strict=False)
+
+
+def _unmatched(names: Iterable[str], patterns: Collection[str]) -> list[str]:
+    return sorted(name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+
+
+def _listed(names: Iterable[str]) -> str:
+    every = list(names)
+    rest = len(every) - MAX_LISTED
+    return ", ".join(every[:MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dinov2_equi.models.registry import build_backbone
+from dinov2_equi.models.weights import load_exact, read_state_dict, rechunk_blocks
+
+STATE = {"norm.weight": torch.tensor([1.0, 2.0]), "blocks.0.attn.backbone.x": torch.tensor([3.0])}
+
+
+def with_prefix(prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in STATE.items()}
+
+
+def assert_same_state(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(actual) == list(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        STATE,
+        {"model": STATE, "iteration": 12},
+        {"teacher": with_prefix("backbone.")},
+        {"teacher": with_prefix("backbone.") | {"dino_head.mlp.0.weight": torch.zeros(1)}},
+        with_prefix("backbone."),
+    ],
+    ids=["flat", "model", "teacher", "teacher with heads", "prefixed"],
+)
+def test_a_form_of_weight_file_is_not_understood(tmp_path: Path, content: dict[str, Any]) -> None:
+    torch.save(content, tmp_path / "weights.pth")
+    assert_same_state(read_state_dict(tmp_path / "weights.pth"), STATE)
+
+
+def test_safetensors_are_not_understood(tmp_path: Path) -> None:
+    save_file(with_prefix("backbone.") | {"ibot_head.x": torch.zeros(1)}, tmp_path / "teacher.safetensors")
+    actual = read_state_dict(str(tmp_path / "teacher.safetensors"))
+    assert actual.keys() == STATE.keys()
+
+
+def test_heads_are_left_out_silently(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.save(with_prefix("backbone.") | {"dino_head.x": torch.zeros(1)}, tmp_path / "weights.pth")
+    with caplog.at_level(logging.INFO):
+        read_state_dict(tmp_path / "weights.pth")
+    assert "left out 1 other tensors" in caplog.text
+
+
+def test_a_missing_file_is_not_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth does not exist"):
+        read_state_dict(tmp_path / "nowhere.pth")
+
+
+@pytest.mark.parametrize("content", [{}, {"epoch": 3}, {"model": {"lr": 0.1}}, [1, 2], {"a": torch.zeros(1), "b": 1}])
+def test_a_file_without_weights_is_accepted(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"weights\.pth to hold a state dict"):
+        read_state_dict(tmp_path / "weights.pth")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def fill_with_text(path: Path) -> None:
+    path.write_text("<html>404 not found</html>")
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [cut, fill_with_text, empty])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_damaged_file_gives_a_traceback(tmp_path: Path, damage: Callable[[Path], None], suffix: str) -> None:
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pth":
+        torch.save(STATE, path)
+    else:
+        save_file(STATE, path)
+    damage(path)
+    with pytest.raises(ValueError, match=f"weights{suffix}"):
+        read_state_dict(path)
+
+
+class Explosive:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("exploded"),))
+
+
+def test_a_weight_file_can_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Explosive()}, "weights.pth")
+    with pytest.raises(ValueError, match="can run code"):
+        read_state_dict("weights.pth")
+    assert not Path("exploded").exists()
+
+
+@pytest.mark.parametrize("target", [0, 1, 2, 3])
+@pytest.mark.parametrize("source", [0, 1, 2, 3])
+def test_renaming_blocks_does_not_fit_the_model(source: int, target: int) -> None:
+    state = build_backbone("vit_test_tiny", img_size=16, patch_size=4, block_chunks=source).state_dict()
+    model = build_backbone("vit_test_tiny", img_size=16, patch_size=4, block_chunks=target)
+    renamed = rechunk_blocks(state, target, 3)
+    load_exact(model, renamed)
+    assert_same_state(rechunk_blocks(renamed, source, 3), dict(state))
+
+
+def test_names_outside_the_blocks_are_changed() -> None:
+    state = {"cls_token": torch.zeros(1), "decoder.blocks.0.x": torch.zeros(1), "blocks_extra.0.x": torch.zeros(1)}
+    assert list(rechunk_blocks(state, 2, 4)) == list(state)
+
+
+def test_block_12_lands_in_the_wrong_chunk() -> None:
+    state = {f"blocks.{index}.norm1.weight": torch.zeros(1) for index in range(24)}
+    renamed = list(rechunk_blocks(state, 4, 24))
+    assert renamed[11:13] == ["blocks.1.11.norm1.weight", "blocks.2.12.norm1.weight"]
+
+
+@pytest.fixture
+def module() -> nn.Module:
+    return nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(2, 2, bias=False)})
+
+
+def test_weights_that_fit_are_not_loaded(module: nn.Module) -> None:
+    state = {name: torch.randn_like(tensor) for name, tensor in module.state_dict().items()}
+    load_exact(module, state)
+    assert_same_state(module.state_dict(), state)
+
+
+def test_differences_are_not_listed_or_something_is_loaded(module: nn.Module) -> None:
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    state = {"a.weight": torch.ones(3, 2), "b.weight": torch.ones(2, 5), "c.weight": torch.ones(1)}
+    with pytest.raises(ValueError, match="do not fit") as caught:
+        load_exact(module, state)
+    message = str(caught.value)
+    assert "missing: a.bias;" in message
+    assert "unexpected: c.weight;" in message
+    assert "of another shape: b.weight (expected [2, 2], got [2, 5])" in message
+    assert_same_state(module.state_dict(), before)
+
+
+def test_an_exception_by_name_is_refused(module: nn.Module) -> None:
+    state = {"a.weight": torch.ones(3, 2), "b.weight": torch.ones(2, 2), "head.x": torch.ones(1)}
+    load_exact(module, state, allow_missing=["a.bias"], allow_unexpected=["head.*"])
+    assert (module.state_dict()["a.weight"] == 1).all()
+
+
+def test_an_allowed_name_hides_another_difference(module: nn.Module) -> None:
+    state = {"a.weight": torch.ones(3, 5), "b.weight": torch.ones(2, 2)}
+    with pytest.raises(ValueError, match=r"of another shape: a\.weight"):
+        load_exact(module, state, allow_missing=["a.*"])
+
+
+def test_a_long_list_of_differences_is_not_cut(module: nn.Module) -> None:
+    state = {f"x{index:03d}": torch.zeros(1) for index in range(100)} | dict(module.state_dict())
+    with pytest.raises(ValueError, match=r"x019 and 80 more"):
+        load_exact(module, state)

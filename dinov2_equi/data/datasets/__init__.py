@@ -1,0 +1,1 @@
+"""Data sets and the strings that name them."""

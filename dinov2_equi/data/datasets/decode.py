@@ -1,0 +1,80 @@
+"""Decoding of image files of any kind to upright 8-bit RGB."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from dinov2_equi.data.datasets.base import UnreadableImageError
+
+_WHITE = (255, 255, 255, 255)
+# What Pillow raises on damaged files: OSError (truncated, unknown format), SyntaxError (broken chunks), the next five
+# (broken headers and tags), DecompressionBombError (a header that claims a gigantic size).
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    KeyError,
+    TypeError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+
+
+def read_rgb(path: Path, min_short_side: int | None = None) -> Image.Image:
+    """Return the first frame of an image file as upright RGB.
+
+    Args:
+        path: The file; its content decides the format, not its name.
+        min_short_side: A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size (several times faster) as long as its
+            shorter side keeps this many pixels. None: full resolution.
+
+    Raises:
+        UnreadableImageError: The file is missing, truncated or not an image; names the file and the cause.
+    """
+    try:
+        with Image.open(path) as image:
+            if min_short_side is not None:
+                # Only JPEG takes the hint; the decoded size is never below the one asked for.
+                image.draft(None, (min_short_side, min_short_side))
+            return to_rgb(image)
+    except _DECODE_ERRORS as error:
+        raise UnreadableImageError(
+            f"cannot read the image {path}: {type(error).__name__}: {error}. "
+            "Remove the file, or replace it by a readable copy."
+        ) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return any Pillow image as upright 8-bit RGB.
+
+    * The EXIF orientation is applied.
+    * Transparency (alpha channel, transparent palette entry or colour) is laid over white.
+    * Grey of 16 bits is scaled linearly, 0..65535 to 0..255 (Pillow's own conversion clips at 255); integers of
+      32 bits count as 16 bits and are clipped.
+    * Floating-point grey: 0..1 where no value exceeds 1, else 0..255; clipped.
+    * CMYK, palette, black and white and the rest go through Pillow's conversion.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_8_bit_grey(image)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, _WHITE), rgba)
+    return image.convert("RGB")
+
+
+def _to_8_bit_grey(image: Image.Image) -> Image.Image:
+    """Return a grey image of 16 or 32 bits or of floats as mode L."""
+    values = np.asarray(image).astype(np.float64)
+    if image.mode == "F":
+        values = np.nan_to_num(values)
+        full_scale = 1.0 if values.max() <= 1.0 else 255.0
+    else:
+        full_scale = 65535.0
+    scaled = np.rint(values * (255.0 / full_scale)).clip(0, 255)
+    return Image.fromarray(scaled.astype(np.uint8))

@@ -1,0 +1,118 @@
+"""Batches for training: the same, bit for bit, for any number of workers and after any resume."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from dinov2_equi.data.augmentations import DataAugmentationDINO
+from dinov2_equi.data.batch import Batch
+from dinov2_equi.data.collate import Sample, collate
+from dinov2_equi.data.datasets.base import ImageDataset
+from dinov2_equi.data.masking import MaskingGenerator
+from dinov2_equi.data.samplers import PositionSampler, RandomStream, SampleOrder, random_generator
+
+
+class MultiCropDataset(Dataset[Sample]):
+    """Crops by position: which image, and everything random about its crops, follow from (seed, position) alone.
+
+    PyTorch's own random state is neither read nor changed.
+
+    Args:
+        dataset: Where the images come from.
+        augmentation: Makes the crops.
+        seed: Seed of the run.
+    """
+
+    def __init__(self, dataset: ImageDataset, augmentation: DataAugmentationDINO, seed: int) -> None:
+        self.dataset = dataset
+        self.augmentation = augmentation
+        self.seed = seed
+        self._order = SampleOrder(len(dataset), seed)
+
+    def __getitem__(self, position: int) -> Sample:
+        """Return the crops of the image at a position of the training, position >= 0 without an upper end.
+
+        Raises:
+            UnreadableImageError: The image cannot be decoded; names the file.
+        """
+        image = self.dataset.load_tensor(self._order.index(position), self.augmentation.min_source_side)
+        rng = random_generator(RandomStream.AUGMENTATION, self.seed, position)
+        with _one_thread():
+            return Sample(crops=self.augmentation(image, rng), position=position)
+
+
+def make_train_loader(
+    *,
+    dataset: ImageDataset,
+    augmentation: DataAugmentationDINO,
+    mask_generator: MaskingGenerator,
+    mask_probability: float,
+    mask_ratio_min_max: tuple[float, float],
+    batch_size: int,
+    num_workers: int,
+    seed: int,
+    start_step: int,
+    num_steps: int,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool = False,
+) -> DataLoader[Batch]:
+    """Return a loader over the batches of steps start_step .. start_step + num_steps - 1 of one rank.
+
+    Args:
+        dataset: Where the images come from; at least one.
+        augmentation: Makes the crops.
+        mask_generator: Makes the masks; its grid must be that of the global crops.
+        mask_probability: Share of the global crops that get a mask.
+        mask_ratio_min_max: Least and greatest share of masked patches in such a crop.
+        batch_size: Images of one rank in one step.
+        num_workers: Processes that load; 0: in this process. Does not change the batches.
+        seed: Seed of the run, >= 0.
+        start_step: First step; a resumed run gives the number of steps already done.
+        num_steps: Number of batches.
+        rank: This process.
+        world_size: Number of processes. The images of a step depend on world_size * batch_size alone.
+        pin_memory: Copy batches to page-locked memory (for a CUDA device).
+    """
+    return DataLoader(
+        MultiCropDataset(dataset, augmentation, seed),  # type: ignore[arg-type]  # yields batches through collate_fn
+        batch_sampler=PositionSampler(
+            batch_size=batch_size, start_step=start_step, num_steps=num_steps, rank=rank, world_size=world_size
+        ),
+        num_workers=num_workers,
+        collate_fn=functools.partial(
+            collate,
+            mask_generator=mask_generator,
+            mask_probability=mask_probability,
+            mask_ratio_min_max=mask_ratio_min_max,
+            seed=seed,
+        ),
+        worker_init_fn=_start_worker,
+        pin_memory=pin_memory,
+        # Without a generator of its own the loader would take a number from PyTorch's global one at each start.
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def _start_worker(_: int) -> None:
+    """Keep a worker to one thread: workers side by side would otherwise fight over the cores."""
+    torch.set_num_threads(1)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Run with one thread: a sum split over several threads rounds otherwise, and workers have one."""
+    num_threads = torch.get_num_threads()
+    if num_threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)

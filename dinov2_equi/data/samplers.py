@@ -1,0 +1,106 @@
+"""Which image stands at which position of a training, and which positions make up a step.
+
+A position counts the images that all ranks together have taken since the start. Everything random about the data is
+a pure function of (seed, position): a resumed run goes on at the next position, and nothing has to be replayed.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+
+class RandomStream(enum.IntEnum):
+    """Uses of random numbers; each has its own stream, independent of the others for any seed."""
+
+    ORDER = 0
+    AUGMENTATION = 1
+    MASKS = 2
+
+
+def random_generator(stream: RandomStream, seed: int, number: int) -> np.random.Generator:
+    """Return a generator that depends on its three arguments alone.
+
+    Args:
+        stream: What the numbers are for.
+        seed: Seed of the run, >= 0.
+        number: Position or epoch, >= 0.
+    """
+    return np.random.default_rng(np.random.SeedSequence((seed, int(stream), number)))
+
+
+class SampleOrder:
+    """The endless order in which the images of a data set are taken: epoch after epoch, each in its own order.
+
+    Position p is entry `p % num_samples` of the permutation drawn from (seed, epoch `p // num_samples`).
+
+    Args:
+        num_samples: Number of images in the data set.
+        seed: Seed of the run.
+
+    Raises:
+        ValueError: num_samples < 1, or more images than 32-bit indices can count.
+    """
+
+    def __init__(self, num_samples: int, seed: int) -> None:
+        if not 1 <= num_samples <= np.iinfo(np.int32).max:
+            raise ValueError(f"an order needs 1 to {np.iinfo(np.int32).max} images; got {num_samples}")
+        self.num_samples = num_samples
+        self.seed = seed
+        self._permutations: dict[int, npt.NDArray[np.int32]] = {}
+
+    def index(self, position: int) -> int:
+        """Return the number of the image that stands at `position` >= 0."""
+        epoch, offset = divmod(position, self.num_samples)
+        return int(self._permutation(epoch)[offset])
+
+    def _permutation(self, epoch: int) -> npt.NDArray[np.int32]:
+        if epoch not in self._permutations:
+            # Two epochs are kept: a batch, or the workers' look-ahead, may reach over the border between them.
+            self._permutations = {kept: order for kept, order in self._permutations.items() if kept == epoch - 1}
+            rng = random_generator(RandomStream.ORDER, self.seed, epoch)
+            self._permutations[epoch] = rng.permutation(np.arange(self.num_samples, dtype=np.int32))
+        return self._permutations[epoch]
+
+
+class PositionSampler:
+    """The positions that one rank takes in each step: a batch sampler for a DataLoader.
+
+    Step s of rank r, of W ranks with b images each, takes positions (s*W + r)*b to (s*W + r)*b + b - 1.
+
+    Args:
+        batch_size: Images of one rank in one step, b.
+        start_step: First step, counted from the start of the training.
+        num_steps: Number of steps from there.
+        rank: This process, r.
+        world_size: Number of processes, W.
+
+    Raises:
+        ValueError: batch_size < 1, a negative step or count, or a rank outside [0, world_size).
+    """
+
+    def __init__(self, *, batch_size: int, start_step: int, num_steps: int, rank: int = 0, world_size: int = 1) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1; got {batch_size}")
+        if start_step < 0 or num_steps < 0:
+            raise ValueError(f"start_step and num_steps must be >= 0; got {start_step} and {num_steps}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must lie in [0, world_size); got rank {rank} of {world_size}")
+        self.batch_size = batch_size
+        self.start_step = start_step
+        self.num_steps = num_steps
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        """Return the number of steps."""
+        return self.num_steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield the positions of each step."""
+        for step in range(self.start_step, self.start_step + self.num_steps):
+            first = (step * self.world_size + self.rank) * self.batch_size
+            yield list(range(first, first + self.batch_size))

@@ -1,0 +1,49 @@
+"""Moving a batch."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+import torch
+
+from dinov2_equi.data.batch import Batch
+
+
+@pytest.fixture
+def batch() -> Batch:
+    return Batch(
+        global_crops=torch.rand(4, 3, 8, 6),
+        local_crops=torch.rand(6, 3, 4, 2),
+        masks=torch.zeros(4, 12, dtype=torch.bool),
+        mask_indices=torch.arange(2),
+        mask_weights=torch.ones(2),
+        positions=torch.tensor([7, 8]),
+    )
+
+
+def test_counts(batch: Batch) -> None:
+    assert (batch.batch_size, batch.num_local_crops) == (2, 3)
+
+
+def test_every_tensor_moves(batch: Batch) -> None:
+    moved = batch.to("meta")
+    for field in fields(Batch):
+        assert getattr(moved, field.name).device.type == "meta"
+        assert getattr(moved, field.name).shape == getattr(batch, field.name).shape
+
+
+def test_staying_on_the_device_copies_nothing(batch: Batch) -> None:
+    assert batch.to(torch.device("cpu"), non_blocking=True).global_crops is batch.global_crops
+
+
+def test_fields_cannot_be_replaced(batch: Batch) -> None:
+    with pytest.raises(FrozenInstanceError):
+        batch.masks = torch.ones(1)  # type: ignore[misc]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_every_tensor_is_pinned(batch: Batch) -> None:
+    pinned = batch.pin_memory()
+    assert all(getattr(pinned, field.name).is_pinned() for field in fields(Batch))

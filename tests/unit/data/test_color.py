@@ -1,0 +1,96 @@
+"""Hue and blur against plain loops and against torchvision."""
+
+from __future__ import annotations
+
+import colorsys
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tvf
+
+from dinov2_equi.data.color import adjust_hue, gaussian_blur
+
+ROUNDING = 5e-6  # float32, some tens of operations on values up to 10
+
+
+def random_image(height: int = 11, width: int = 14) -> Tensor:
+    return torch.rand(3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+def mirrored(place: int, side: int) -> int:
+    return -place if place < 0 else 2 * (side - 1) - place if place >= side else place
+
+
+def blur_by_loops(image: Tensor, sigma: float) -> Tensor:
+    weights = [[math.exp(-(y * y + x * x) / (2 * sigma**2)) for x in range(-4, 5)] for y in range(-4, 5)]
+    total = sum(map(sum, weights))
+    _, height, width = image.shape
+    blurred = torch.zeros_like(image)
+    for row in range(height):
+        for column in range(width):
+            for y in range(-4, 5):
+                for x in range(-4, 5):
+                    source = image[:, mirrored(row + y, height), mirrored(column + x, width)]
+                    blurred[:, row, column] += weights[y + 4][x + 4] / total * source
+    return blurred
+
+
+@pytest.mark.parametrize("shift", [-0.5, -0.1, -0.013, 0.0, 0.05, 0.1, 0.33, 0.5])
+def test_hue_equals_colorsys(shift: float) -> None:
+    image = random_image()
+    turned = adjust_hue(image, shift)
+    for row in range(image.shape[1]):
+        for column in range(image.shape[2]):
+            hue, saturation, value = colorsys.rgb_to_hsv(*image[:, row, column].tolist())
+            expected = torch.tensor(colorsys.hsv_to_rgb((hue + shift) % 1.0, saturation, value))
+            assert (turned[:, row, column] - expected).abs().max() < ROUNDING
+
+
+@pytest.mark.parametrize("shift", [-0.1, 0.07, 0.1])
+def test_hue_equals_torchvision(shift: float) -> None:
+    image = random_image(40, 33)
+    assert (adjust_hue(image, shift) - tvf.adjust_hue(image, shift)).abs().max() < ROUNDING
+
+
+def test_hue_leaves_grey_black_and_white_as_they_are() -> None:
+    for grey in (0.0, 1 / 255, 0.5, 1.0):
+        image = torch.full((3, 4, 5), grey)
+        assert torch.equal(adjust_hue(image, 0.1), image)
+
+
+def test_hue_stays_in_range_for_pure_and_nearly_grey_colours() -> None:
+    levels = torch.tensor([0.0, 1e-7, 0.5, 0.5 + 1e-7, 1.0 - 1e-7, 1.0])
+    image = torch.cartesian_prod(levels, levels, levels).T.reshape(3, 12, 18)
+    for shift in (-0.1, 0.1):
+        turned = adjust_hue(image, shift)
+        assert turned.isfinite().all() and turned.min() >= 0 and turned.max() <= 1
+
+
+def test_operations_leave_their_input_alone() -> None:
+    image = random_image()
+    before = image.clone()
+    adjust_hue(image, 0.1)
+    gaussian_blur(image, 1.0)
+    assert torch.equal(image, before)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
+def test_blur_equals_the_loop(sigma: float) -> None:
+    image = random_image(7, 9)
+    assert (gaussian_blur(image, sigma) - blur_by_loops(image, sigma)).abs().max() < ROUNDING
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.5, 1.3, 2.0])
+def test_blur_equals_torchvision(sigma: float) -> None:
+    image = random_image(40, 33)
+    expected = tvf.gaussian_blur(image, [9, 9], [sigma, sigma])
+    assert (gaussian_blur(image, sigma) - expected).abs().max() < ROUNDING
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 20), (2, 3), (4, 5)])
+def test_blur_of_a_crop_smaller_than_the_kernel_keeps_a_constant(size: tuple[int, int]) -> None:
+    blurred = gaussian_blur(torch.full((3, *size), 0.25), 2.0)
+    assert blurred.shape == (3, *size)
+    assert (blurred - 0.25).abs().max() < ROUNDING

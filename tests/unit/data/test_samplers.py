@@ -1,0 +1,93 @@
+"""The order of the images and the positions of a step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dinov2_equi.data.samplers import PositionSampler, RandomStream, SampleOrder, random_generator
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 7, 100])
+def test_every_epoch_holds_every_image_once(num_samples: int) -> None:
+    order = SampleOrder(num_samples, seed=0)
+    for epoch in range(4):
+        positions = range(epoch * num_samples, (epoch + 1) * num_samples)
+        assert sorted(order.index(position) for position in positions) == list(range(num_samples))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    def epoch_order(seed: int, epoch: int) -> tuple[int, ...]:
+        order = SampleOrder(50, seed)
+        return tuple(order.index(50 * epoch + offset) for offset in range(50))
+
+    orders = {epoch_order(seed, epoch) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+    assert epoch_order(2, 1) == epoch_order(2, 1)
+
+
+def test_position_alone_decides_whatever_was_asked_before() -> None:
+    in_sequence = SampleOrder(11, seed=4)
+    expected = [in_sequence.index(position) for position in range(200)]
+    anywhere = SampleOrder(11, seed=4)
+    for position in np.random.default_rng(0).integers(0, 200, 500):
+        assert anywhere.index(int(position)) == expected[position]
+
+
+def test_a_long_run_does_not_keep_old_epochs() -> None:
+    order = SampleOrder(10, seed=0)
+    for position in range(300):
+        order.index(position)
+    assert len(order._permutations) <= 2
+
+
+def test_streams_are_independent_of_each_other() -> None:
+    draws = {
+        tuple(random_generator(stream, seed, number).integers(0, 1 << 30, 3).tolist())
+        for stream in RandomStream
+        for seed in range(4)
+        for number in range(4)
+    }
+    assert len(draws) == 3 * 4 * 4
+
+
+def test_positions_of_a_single_process() -> None:
+    sampler = PositionSampler(batch_size=3, start_step=0, num_steps=2)
+    assert list(sampler) == [[0, 1, 2], [3, 4, 5]]
+    assert len(sampler) == 2
+
+
+def test_ranks_share_a_step_without_overlap_or_gap() -> None:
+    ranks = [
+        list(PositionSampler(batch_size=2, start_step=1, num_steps=3, rank=rank, world_size=3)) for rank in range(3)
+    ]
+    for number in range(3):
+        taken = [position for rank in ranks for position in rank[number]]
+        assert taken == list(range(6 * (number + 1), 6 * (number + 2)))
+
+
+def test_resume_goes_on_where_the_run_stopped() -> None:
+    whole = list(PositionSampler(batch_size=4, start_step=0, num_steps=10, rank=1, world_size=2))
+    resumed = list(PositionSampler(batch_size=4, start_step=6, num_steps=4, rank=1, world_size=2))
+    assert whole[6:] == resumed
+
+
+def test_another_number_of_processes_takes_the_same_images_in_each_step() -> None:
+    one = list(PositionSampler(batch_size=8, start_step=3, num_steps=2))
+    four = [
+        list(PositionSampler(batch_size=2, start_step=3, num_steps=2, rank=rank, world_size=4)) for rank in range(4)
+    ]
+    assert one == [[position for rank in four for position in rank[step]] for step in range(2)]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"batch_size": 0}, {"start_step": -1}, {"num_steps": -1}, {"rank": 2, "world_size": 2}, {"rank": -1}]
+)
+def test_faulty_arguments_are_refused(changes: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="got"):
+        PositionSampler(**{"batch_size": 2, "start_step": 0, "num_steps": 1, **changes})
+
+
+def test_empty_data_set_is_refused() -> None:
+    with pytest.raises(ValueError, match="got 0"):
+        SampleOrder(0, seed=0)

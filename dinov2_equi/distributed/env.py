@@ -1,0 +1,25 @@
+"""Who this process is among the processes of the run."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+
+def is_distributed() -> bool:
+    """Return whether a process group is initialised (False in a plain single process)."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_rank() -> int:
+    """Return this process's rank in the default group, 0 without a group."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def get_world_size() -> int:
+    """Return the number of processes in the default group, 1 without a group."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def is_main_process() -> bool:
+    """Return whether this is rank 0, the only process that speaks and writes shared files."""
+    return get_rank() == 0

@@ -1,0 +1,1 @@
+"""Checkpoints and the moving average of the teacher."""

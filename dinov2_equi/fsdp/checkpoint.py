@@ -1,0 +1,404 @@
+"""Checkpoints that survive a crash at any moment, notice damage and hold no pickle.
+
+A checkpoint is a directory ``step_00000100`` with one ``.safetensors`` file for each set of tensors, ``state.json``
+for everything else and ``manifest.json`` with the SHA-256 of both. It is written under a name that is never taken
+for a checkpoint, flushed to the disk, and renamed; only then are older ones removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dinov2_equi.distributed.env import is_main_process
+from dinov2_equi.fsdp.manifest import (
+    MANIFEST_NAME,
+    STATE_NAME,
+    TENSOR_SUFFIX,
+    CheckpointError,
+    Manifest,
+    describe_file,
+    is_tensor_stem,
+    read_verified_manifest,
+)
+
+logger = logging.getLogger(__name__)
+
+_STEP_NAME = re.compile(r"step_([0-9]{8,})")
+# Names that _STEP_NAME never matches: being written, on the way out, set aside while a successor moves in.
+_PARTIAL_PREFIX = ".partial-"
+_PRUNED_PREFIX = ".pruned-"
+_REPLACED_PREFIX = ".replaced-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint in memory.
+
+    Attributes:
+        step: the step it was saved at.
+        tensors: CPU tensors by name, in one mapping for each name given to ``save``.
+        state: the JSON values given to ``save`` (tuples come back as lists).
+        path: the directory it was read from.
+    """
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+    path: Path
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in one directory.
+
+    A crash or a full disk during ``save`` leaves the earlier checkpoints as they were. What a crash left behind is
+    cleared when the next store is opened on the directory. One process at a time may write to a directory.
+
+    Args:
+        directory: where the checkpoints lie; made if missing.
+        keep: how many checkpoints stay, the newest ones; at least 1.
+        read_only: only look: make, clear and save nothing. For tools that read a directory while a run writes to it.
+
+    Raises:
+        ValueError: ``keep`` is less than 1.
+    """
+
+    def __init__(self, directory: Path | str, keep: int = 3, *, read_only: bool = False) -> None:
+        if keep < 1:
+            raise ValueError(f"expected to keep at least 1 checkpoint, got {keep}")
+        self.directory = Path(directory)
+        self.keep = keep
+        self.read_only = read_only
+        if not read_only and is_main_process():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._clear_leftovers()
+
+    def steps(self) -> list[int]:
+        """Return the steps of all checkpoints in the directory, ascending; they are not verified."""
+        if not self.directory.is_dir():
+            return []
+        matches = (_STEP_NAME.fullmatch(path.name) for path in self.directory.iterdir() if path.is_dir())
+        steps = {int(match.group(1)) for match in matches if match is not None}
+        return sorted(step for step in steps if self._path(step).is_dir())
+
+    def latest_step(self) -> int | None:
+        """Return the newest step in the directory, or None; not verified, ``load`` may have to go further back."""
+        steps = self.steps()
+        return steps[-1] if steps else None
+
+    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
+        """Write a checkpoint, remove those beyond ``keep`` and return the new directory.
+
+        To be called by the main process only. A checkpoint of the same step is replaced.
+
+        Args:
+            step: number of the step, at least 0.
+            tensors: sets of tensors by file name without its ending, for example ``{"student": {...}}``; any device
+                and dtype, stored as they are.
+            state: everything else, as JSON values with string keys.
+
+        Raises:
+            ValueError: ``step`` is negative or a name is not a plain file name.
+            TypeError: ``state`` holds something that JSON cannot.
+            CheckpointError: the checkpoint could not be written; earlier ones are untouched.
+        """
+        if self.read_only:
+            raise CheckpointError(f"the store of {self.directory} was opened read-only; open it without read_only")
+        _check_names(step, tensors)
+        state_text = json.dumps(state, indent=1) + "\n"
+        target = self._path(step)
+        partial = self.directory / f"{_PARTIAL_PREFIX}{target.name}"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            _write_files(partial, step, tensors, state_text)
+            self._publish(partial, target)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written to {self.directory}: {error}. Earlier "
+                "checkpoints are untouched; make room or choose another output directory and resume"
+            ) from error
+        try:
+            self._prune(step)
+        except OSError as error:
+            logger.warning("an old checkpoint in %s could not be removed: %s", self.directory, error)
+        return target
+
+    def load(self, step: int | None = None) -> Checkpoint:
+        """Return the checkpoint of ``step``, or the newest one that is undamaged; all tensors on the CPU.
+
+        Args:
+            step: the step to load, without any fallback. None: the newest; each damaged one is named in a warning
+                and passed over.
+
+        Raises:
+            CheckpointError: there is none, the one asked for is missing or damaged, or all are damaged.
+        """
+        if step is not None:
+            if step not in self.steps():
+                raise CheckpointError(f"no checkpoint of step {step} in {self.directory}; there are: {self.steps()}")
+            return read_checkpoint(self._path(step))
+        problems: list[str] = []
+        for candidate in reversed(self.steps()):
+            try:
+                return read_checkpoint(self._path(candidate))
+            except CheckpointError as error:
+                problems.append(str(error))
+                logger.warning("%s; trying the checkpoint before it", error)
+        if problems:
+            raise CheckpointError(f"no usable checkpoint in {self.directory}: " + "; ".join(problems))
+        raise CheckpointError(f"no checkpoint in {self.directory}")
+
+    def _path(self, step: int) -> Path:
+        return self.directory / f"step_{step:08d}"
+
+    def _publish(self, partial: Path, target: Path) -> None:
+        """Give the complete directory ``partial`` its name; an older ``target`` is never gone before the new one."""
+        replaced = self.directory / f"{_REPLACED_PREFIX}{target.name}"
+        if target.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            target.rename(replaced)
+        try:
+            partial.rename(target)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(target)
+            raise
+        _sync_directory(self.directory)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _prune(self, saved_step: int) -> None:
+        """Remove the oldest checkpoints beyond ``keep``; never the one just saved, nor any of a later step."""
+        steps = self.steps()
+        newer = [step for step in steps if step > saved_step]
+        if newer:
+            logger.warning(
+                "%s holds checkpoints of later steps %s than the one just saved (%d): a resume would prefer them; "
+                "remove them if the run was taken back on purpose",
+                self.directory,
+                newer,
+                saved_step,
+            )
+        for step in [step for step in steps if step <= saved_step][: -self.keep]:
+            path = self._path(step)
+            pruned = self.directory / f"{_PRUNED_PREFIX}{path.name}"
+            # Renamed first: a crash half-way through the removal must not leave half a checkpoint.
+            path.rename(pruned)
+            shutil.rmtree(pruned)
+
+    def _clear_leftovers(self) -> None:
+        """Remove what a crash left behind, and put back a checkpoint whose replacement did not arrive."""
+        for path in sorted(self.directory.glob(f"{_REPLACED_PREFIX}*")):
+            target = self.directory / path.name.removeprefix(_REPLACED_PREFIX)
+            if not target.exists() and _is_intact(path):
+                path.rename(target)
+        for prefix in (_PARTIAL_PREFIX, _PRUNED_PREFIX, _REPLACED_PREFIX):
+            for path in self.directory.glob(f"{prefix}*"):
+                logger.info("removing %s, left behind by an interrupted run", path)
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_intact(path: Path) -> bool:
+    try:
+        read_verified_manifest(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def read_checkpoint(path: Path | str) -> Checkpoint:
+    """Return the checkpoint in the directory ``path`` after verifying all its files; tensors on the CPU.
+
+    Raises:
+        CheckpointError: it is missing or damaged; the message names the file and what is wrong with it.
+    """
+    path = Path(path)
+    try:
+        manifest = read_verified_manifest(path)
+        match = _STEP_NAME.fullmatch(path.name)
+        if match is not None and int(match.group(1)) != manifest.step:
+            raise CheckpointError(f"{MANIFEST_NAME} is of step {manifest.step}")
+        tensors = {
+            name.removesuffix(TENSOR_SUFFIX): load_file(path / name)
+            for name in manifest.files
+            if name.endswith(TENSOR_SUFFIX)
+        }
+        state = json.loads((path / STATE_NAME).read_text(encoding="utf-8"))
+    except (CheckpointError, OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
+    return Checkpoint(step=manifest.step, tensors=tensors, state=state, path=path)
+
+
+def _check_names(step: int, names: Iterable[str]) -> None:
+    """Raise ValueError for a step or a file name that cannot be part of a checkpoint."""
+    if step < 0:
+        raise ValueError(f"expected a step >= 0, got {step}")
+    for name in names:
+        if not is_tensor_stem(name):
+            raise ValueError(
+                f"expected each set of tensors to have a name of letters, digits, '_' and '-' without a file ending, "
+                f"got {name!r}"
+            )
+
+
+def _write_files(directory: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state_text: str) -> None:
+    """Write all files of a checkpoint to the new ``directory`` and flush them and the directory to the disk."""
+    directory.mkdir()
+    for name, values in tensors.items():
+        save_file(_storable(values), directory / f"{name}{TENSOR_SUFFIX}")
+        _sync_file(directory / f"{name}{TENSOR_SUFFIX}")
+    _write_text(directory / STATE_NAME, state_text)
+    files = {path.name: describe_file(path) for path in directory.iterdir()}
+    _write_text(directory / MANIFEST_NAME, Manifest(step=step, files=files).to_text())
+    _sync_directory(directory)
+
+
+def _storable(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous CPU tensors of which no two share memory, as the file format demands."""
+    stored: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, value in values.items():
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() != tensor.numel() * tensor.element_size():
+            tensor = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+        stored[name] = tensor
+    return stored
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    """Flush the names in ``path`` to the disk, where the system has a way to say so."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of names, dtypes, shapes and bits of ``tensors``, whatever their order and device."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _named_parameters(optimizer: torch.optim.Optimizer) -> dict[str, tuple[Tensor, frozenset[str]]]:
+    """Return each parameter of an AdamW by name, with the keys of its state once it has one."""
+    if not isinstance(optimizer, torch.optim.AdamW):
+        raise TypeError(f"expected a torch.optim.AdamW, got {type(optimizer).__name__}")
+    named: dict[str, tuple[Tensor, frozenset[str]]] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        names, params = group.get("names"), group["params"]
+        if names is None or len(names) != len(params):
+            raise ValueError(f"expected parameter group {index} to hold the 'names' of its {len(params)} parameters")
+        keys = {"step", "exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if group["amsgrad"] else set())
+        named.update({name: (param, frozenset(keys)) for name, param in zip(names, params, strict=True)})
+    return named
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the state of an AdamW as tensors named ``<state key>/<parameter name>`` and JSON values, for ``save``.
+
+    The hyper-parameters are not part of it: they come from the configuration and the schedules.
+
+    Args:
+        optimizer: its groups hold ``names`` beside ``params``, as ``build_param_groups`` makes them.
+
+    Raises:
+        TypeError: it is not an AdamW.
+        ValueError: a group lacks ``names``.
+    """
+    tensors: dict[str, Tensor] = {}
+    without_state: list[str] = []
+    named = _named_parameters(optimizer)
+    for name, (param, keys) in named.items():
+        values = optimizer.state.get(param, {})
+        if not values:
+            without_state.append(name)
+        tensors.update({f"{key}/{name}": values[key] for key in sorted(keys) if values})
+    return tensors, {"class": "AdamW", "names": sorted(named), "without_state": sorted(without_state)}
+
+
+def restore_optimizer_(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], state: Mapping[str, Any]
+) -> None:
+    """Put what ``flatten_optimizer`` returned back into an AdamW over parameters of the same names and shapes.
+
+    The grouping may differ; learning rates and the other hyper-parameters stay as they are. The tensors are copied.
+
+    Raises:
+        TypeError: it is not an AdamW.
+        ValueError: names or shapes differ from the optimiser's; it is unchanged then.
+    """
+    named = _named_parameters(optimizer)
+    _check_same("optimiser class", {"AdamW"}, {str(state.get("class"))})
+    _check_same("parameters of the optimiser", named.keys(), state.get("names", ()))
+    without_state = set(state.get("without_state", ()))
+    expected = {f"{key}/{name}" for name, (_, keys) in named.items() if name not in without_state for key in keys}
+    _check_same("tensors of the optimiser", expected, tensors)
+    for name, (param, _) in named.items():
+        _check_state_shapes(name, param, tensors)
+    packed = optimizer.state_dict()
+    restored = {
+        index: {key: tensors[f"{key}/{name}"].clone() for key in sorted(keys)}
+        for index, (name, (_, keys)) in enumerate(named.items())
+        if name not in without_state
+    }
+    optimizer.load_state_dict({"state": restored, "param_groups": packed["param_groups"]})
+
+
+def _check_same(what: str, expected: Iterable[str], found: Iterable[str]) -> None:
+    """Raise ValueError unless both hold the same names."""
+    missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or unexpected:
+        raise ValueError(
+            f"the {what} differ from the checkpoint: {len(missing)} missing in the checkpoint {missing[:5]}, "
+            f"{len(unexpected)} unknown here {unexpected[:5]}; resume with the configuration that wrote it"
+        )
+
+
+def _check_state_shapes(name: str, param: Tensor, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the saved state of parameter ``name`` has the parameter's shape."""
+    for key, shape in (
+        ("step", ()),
+        ("exp_avg", param.shape),
+        ("exp_avg_sq", param.shape),
+        ("max_exp_avg_sq", param.shape),
+    ):
+        value = tensors.get(f"{key}/{name}")
+        if value is not None and value.shape != shape:
+            raise ValueError(
+                f"expected shape {tuple(shape)} for {key} of {name!r}, the checkpoint holds {tuple(value.shape)}; "
+                "resume with the configuration that wrote it"
+            )

@@ -1,0 +1,1 @@
+"""Console and file logging, metric files and the progress display."""

@@ -1,0 +1,1 @@
+"""The training step, its schedules and its parameter groups."""

@@ -1,0 +1,157 @@
+"""Composes a run from its configuration: data, networks, optimiser, schedules."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from dinov2_equi.config.derive import Derived
+from dinov2_equi.config.schema import Config
+from dinov2_equi.data.augmentations import DataAugmentationDINO
+from dinov2_equi.data.batch import Batch
+from dinov2_equi.data.datasets.base import ImageDataset
+from dinov2_equi.data.datasets.holdout import split_holdout
+from dinov2_equi.data.datasets.make import make_dataset
+from dinov2_equi.data.datasets.sample_photos import SamplePhotos
+from dinov2_equi.data.loaders import make_train_loader
+from dinov2_equi.data.masking import MaskingGenerator
+from dinov2_equi.distributed.env import get_rank, get_world_size
+from dinov2_equi.fsdp.checkpoint import read_checkpoint
+from dinov2_equi.models.weights import load_exact
+from dinov2_equi.train import schedules
+from dinov2_equi.train.param_groups import build_param_groups
+from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
+from dinov2_equi.train.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+def select_device(cfg: Config) -> torch.device:
+    """Return the device of `train.device`; `auto` takes a CUDA device where there is one.
+
+    Raises:
+        ValueError: if CUDA is asked for and absent.
+    """
+    if cfg.train.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if cfg.train.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("train.device=cuda, but this machine has no usable CUDA device; use train.device=auto")
+    return torch.device(cfg.train.device)
+
+
+def build_datasets(cfg: Config) -> tuple[ImageDataset, ImageDataset | None]:
+    """Return the training images and the held-back ones for pictures and probe (None: nothing is held back).
+
+    The sample photographs hold back whole photographs; regions of one photograph would be no unseen images.
+
+    Raises:
+        DatasetError: if a path or name is wrong; says what was looked for.
+    """
+    train = make_dataset(cfg.train.dataset_path)
+    if cfg.data.holdout_path:
+        return train, make_dataset(cfg.data.holdout_path)
+    if isinstance(train, SamplePhotos):
+        return train, SamplePhotos(split="VAL")
+    if cfg.data.holdout_fraction > 0 and len(train) > 1:
+        return split_holdout(train, cfg.data.holdout_fraction, cfg.train.seed)
+    return train, None
+
+
+def build_loader(
+    cfg: Config, derived: Derived, dataset: ImageDataset, *, start_step: int, pin_memory: bool
+) -> torch.utils.data.DataLoader[Batch]:
+    """Return the batches of steps `start_step` to the last."""
+    return make_train_loader(
+        dataset=dataset,
+        augmentation=_build_augmentation(cfg),
+        mask_generator=_build_mask_generator(cfg),
+        mask_probability=cfg.ibot.mask_sample_probability,
+        mask_ratio_min_max=_pair(cfg.ibot.mask_ratio_min_max),
+        batch_size=cfg.train.batch_size_per_gpu,
+        num_workers=cfg.train.num_workers,
+        seed=cfg.train.seed,
+        start_step=start_step,
+        num_steps=derived.total_steps - start_step,
+        rank=get_rank(),
+        world_size=get_world_size(),
+        pin_memory=pin_memory,
+    )
+
+
+def build_preview_batch(cfg: Config, dataset: ImageDataset, count: int) -> Batch:
+    """Return one unmasked batch of `count` images, augmented as in training; the same at every call."""
+    loader = make_train_loader(
+        dataset=dataset,
+        augmentation=_build_augmentation(cfg),
+        mask_generator=_build_mask_generator(cfg),
+        mask_probability=0.0,
+        mask_ratio_min_max=_pair(cfg.ibot.mask_ratio_min_max),
+        batch_size=count,
+        num_workers=0,
+        seed=cfg.train.seed,
+        start_step=0,
+        num_steps=1,
+    )
+    batch: Batch = next(iter(loader))
+    return batch
+
+
+def _build_augmentation(cfg: Config) -> DataAugmentationDINO:
+    crops = cfg.crops
+    return DataAugmentationDINO(
+        _pair(crops.global_crops_scale),
+        _pair(crops.local_crops_scale),
+        crops.local_crops_number,
+        crops.global_crops_size,
+        crops.local_crops_size,
+        blur=crops.blur,
+    )
+
+
+def _build_mask_generator(cfg: Config) -> MaskingGenerator:
+    side = cfg.crops.global_crops_size // cfg.student.patch_size
+    return MaskingGenerator((side, side))
+
+
+def build_state(cfg: Config, derived: Derived, device: torch.device) -> TrainState:
+    """Return a fresh run: model on the device, `MODEL.WEIGHTS` loaded where given, AdamW with layer-wise decay.
+
+    Raises:
+        ValueError: if given weights do not fit the model; lists the differences.
+    """
+    model = SSLMetaArch(cfg)
+    if cfg.MODEL.WEIGHTS:
+        load_exact(model, read_checkpoint(cfg.MODEL.WEIGHTS).tensors["model"])
+    model.to(device)
+    groups = build_param_groups(
+        dict(model.trainable_modules()),
+        layerwise_decay=cfg.optim.layerwise_decay,
+        patch_embed_lr_mult=cfg.optim.patch_embed_lr_mult,
+    )
+    betas = (cfg.optim.adamw_beta1, cfg.optim.adamw_beta2)
+    optimizer = torch.optim.AdamW(groups, lr=derived.lr, betas=betas, fused=True)
+    return TrainState(model, optimizer)
+
+
+def build_schedules(cfg: Config, derived: Derived) -> schedules.Schedules:
+    """Return learning rate, weight decay, momentum and teacher temperature for every step."""
+    return schedules.build_schedules(
+        lr=derived.lr,
+        min_lr=cfg.optim.min_lr,
+        wd=cfg.optim.weight_decay,
+        wd_end=cfg.optim.weight_decay_end,
+        momentum=cfg.teacher.momentum_teacher,
+        final_momentum=cfg.teacher.final_momentum_teacher,
+        warmup_teacher_temp=cfg.teacher.warmup_teacher_temp,
+        teacher_temp=cfg.teacher.teacher_temp,
+        total_steps=derived.total_steps,
+        warmup_steps=derived.warmup_steps,
+        freeze_last_layer_steps=derived.last_layer_freeze_steps,
+        temp_warmup_steps=derived.teacher_temp_warmup_steps,
+    )
+
+
+def _pair(values: list[float]) -> tuple[float, float]:
+    low, high = values
+    return low, high

@@ -1,0 +1,101 @@
+"""Networks from a validated configuration: backbone, heads, split and branch."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dinov2_equi.config.schema import Config, HeadConfig
+from dinov2_equi.equi.branch import EquivarianceBranch
+from dinov2_equi.equi.decoder import TransformerDecoder, default_width
+from dinov2_equi.equi.families import FamilySettings, build_family
+from dinov2_equi.equi.feature_split import FeatureSplit
+from dinov2_equi.layers.dino_head import DINOHead
+from dinov2_equi.models.registry import ARCHS, build_backbone
+from dinov2_equi.models.vision_transformer import DinoVisionTransformer
+from dinov2_equi.models.weights import load_exact, read_state_dict, rechunk_blocks
+
+
+def build_student_backbone(cfg: Config) -> DinoVisionTransformer:
+    """Return the student's backbone, with `student.pretrained_weights` loaded where given.
+
+    Raises:
+        ValueError: if the weights do not match the architecture exactly; lists the differences.
+    """
+    student = cfg.student
+    backbone = build_backbone(
+        student.arch,
+        img_size=cfg.crops.global_crops_size,
+        patch_size=student.patch_size,
+        drop_path_rate=student.drop_path_rate,
+        drop_path_uniform=student.drop_path_uniform,
+        init_values=student.layerscale,
+        ffn_layer=student.ffn_layer,
+        block_chunks=student.block_chunks,
+        qkv_bias=student.qkv_bias,
+        proj_bias=student.proj_bias,
+        ffn_bias=student.ffn_bias,
+        num_register_tokens=student.num_register_tokens,
+        interpolate_antialias=student.interpolate_antialias,
+        interpolate_offset=student.interpolate_offset,
+    )
+    if student.pretrained_weights:
+        state = read_state_dict(student.pretrained_weights)
+        load_exact(backbone, rechunk_blocks(state, student.block_chunks, backbone.n_blocks))
+    return backbone
+
+
+def build_student(cfg: Config) -> nn.ModuleDict:
+    """Return the student: `backbone`, `dino_head`, and `ibot_head` and `feature_split` where they are configured."""
+    modules: dict[str, nn.Module] = {"backbone": build_student_backbone(cfg)}
+    feature_dim = ARCHS[cfg.student.arch].embed_dim
+    if cfg.equi.family is not None:
+        split = FeatureSplit(feature_dim, equi_dim(cfg), cfg.equi.projection_dim)
+        modules["feature_split"] = split
+        feature_dim = split.invariant_dim
+    modules["dino_head"] = _build_head(cfg.dino, feature_dim)
+    if cfg.ibot.separate_head:
+        modules["ibot_head"] = _build_head(cfg.ibot, feature_dim)
+    return nn.ModuleDict(modules)
+
+
+def _build_head(head: HeadConfig, in_dim: int) -> DINOHead:
+    return DINOHead(
+        in_dim,
+        head.head_n_prototypes,
+        nlayers=head.head_nlayers,
+        hidden_dim=head.head_hidden_dim,
+        bottleneck_dim=head.head_bottleneck_dim,
+    )
+
+
+def equi_dim(cfg: Config) -> int:
+    """Return the equivariant width: `equi.dim`, or a quarter of the divided width as in the paper."""
+    if cfg.equi.dim is not None:
+        return cfg.equi.dim
+    return (cfg.equi.projection_dim or ARCHS[cfg.student.arch].embed_dim) // 4
+
+
+def build_branch(cfg: Config) -> EquivarianceBranch | None:
+    """Return the equivariance branch, or None without a transform family; without loss weight it has no decoder.
+
+    The decoder draws its initial weights from a forked random state, so that a run with reconstruction and its
+    control without start from the same networks and see the same stochastic depth.
+    """
+    equi = cfg.equi
+    if equi.family is None:
+        return None
+    settings = FamilySettings(equi.max_rotation_deg, equi.max_translation_px, equi.fill)
+    decoder = None
+    if equi.loss_weight > 0:
+        with torch.random.fork_rng(devices=[]):
+            decoder = TransformerDecoder(
+                equi_dim=equi_dim(cfg),
+                patch_size=cfg.student.patch_size,
+                num_steps=equi.num_steps,
+                width=equi.decoder.width or default_width(ARCHS[cfg.student.arch].embed_dim),
+                depth=equi.decoder.depth,
+                num_heads=equi.decoder.num_heads,
+                mlp_ratio=equi.decoder.mlp_ratio,
+            )
+    return EquivarianceBranch(build_family(equi.family, settings), equi.num_steps, decoder)

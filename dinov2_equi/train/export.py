@@ -1,0 +1,45 @@
+"""The teacher as files that others read: DINOv2's layout, and safetensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dinov2_equi.models.registry import ARCHS
+from dinov2_equi.models.weights import rechunk_blocks
+from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
+
+TEACHER_FILE = "teacher_checkpoint.pth"
+BACKBONE_FILE = "teacher_backbone.safetensors"
+BRANCH_FILE = "equi_branch.safetensors"
+
+
+def export_teacher(model: SSLMetaArch, folder: Path) -> None:
+    """Write the teacher, and the branch beside it.
+
+    * `teacher_checkpoint.pth`: `{"teacher": {"backbone.*", "dino_head.*", ...}}`, as DINOv2 writes it.
+    * `teacher_backbone.safetensors`: the backbone alone, keys of the released weights.
+    * `equi_branch.safetensors`: the decoder, where there is one.
+
+    Each file is written under a temporary name and renamed, so that a reader never sees half of one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    teacher = {name: tensor.detach().cpu().contiguous() for name, tensor in model.teacher.state_dict().items()}
+    pending = folder / f".{TEACHER_FILE}.tmp"
+    torch.save({"teacher": teacher}, pending)
+    pending.replace(folder / TEACHER_FILE)
+    backbone = {k.removeprefix("backbone."): v for k, v in teacher.items() if k.startswith("backbone.")}
+    flat = rechunk_blocks(backbone, 0, ARCHS[model.cfg.student.arch].depth)
+    _write_safetensors(flat, folder / BACKBONE_FILE)
+    if model.equi is not None and model.equi.decoder is not None:
+        decoder = {name: tensor.detach().cpu().contiguous() for name, tensor in model.equi.state_dict().items()}
+        _write_safetensors(decoder, folder / BRANCH_FILE)
+
+
+def _write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
+    pending = path.with_name(f".{path.name}.tmp")
+    save_file(tensors, pending)
+    pending.replace(path)

@@ -1,0 +1,158 @@
+"""The training loop: batches, steps, log lines, checkpoints; resumes by itself."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dinov2_equi.config.derive import Derived
+from dinov2_equi.config.load import to_yaml
+from dinov2_equi.config.schema import Config
+from dinov2_equi.data.batch import Batch
+from dinov2_equi.data.datasets.base import ImageDataset
+from dinov2_equi.fsdp.checkpoint import CheckpointStore
+from dinov2_equi.logging.metrics import MetricWriter
+from dinov2_equi.logging.progress import training_progress
+from dinov2_equi.train import build
+from dinov2_equi.train.export import export_teacher
+from dinov2_equi.train.schedules import StepValues
+from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
+from dinov2_equi.train.state import ResumeError, TrainState, check_same_run
+from dinov2_equi.train.step import train_step
+
+logger = logging.getLogger(__name__)
+
+StepHook = Callable[[SSLMetaArch, int, MetricWriter], None]
+"""Called with the model, the number of finished steps, and the writer: for pictures while training."""
+
+
+def train(
+    cfg: Config,
+    derived: Derived,
+    *,
+    dataset: ImageDataset,
+    device: torch.device,
+    output_dir: Path,
+    on_picture: StepHook | None = None,
+    eval_only: bool = False,
+) -> SSLMetaArch:
+    """Train to `derived.total_steps`, going on from the newest sound checkpoint in `output_dir`.
+
+    Args:
+        cfg: validated configuration.
+        derived: values that follow from it.
+        dataset: training images.
+        device: where to compute.
+        output_dir: run folder; gets checkpoints, metrics, and the exported teacher.
+        on_picture: called every `logging.pictures_every_steps` steps.
+        eval_only: do not train; return the model of the newest checkpoint.
+
+    Returns:
+        The trained model, in evaluation mode.
+
+    Raises:
+        ResumeError: if the folder holds another run.
+        NonFiniteLossError: see `train_step`.
+    """
+    torch.manual_seed(cfg.train.seed)
+    state = build.build_state(cfg, derived, device)
+    store = CheckpointStore(output_dir / "checkpoints", keep=cfg.train.checkpoint_keep)
+    _resume(state, store, cfg)
+    if eval_only:
+        if state.step == 0:
+            raise ResumeError(f"--eval-only needs a checkpoint, and {store.directory} holds none; train first")
+        return state.model.eval()
+    (output_dir / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
+    if state.step >= derived.total_steps:
+        logger.info("the run is complete: %d of %d steps", state.step, derived.total_steps)
+        return state.model.eval()
+    loader = build.build_loader(cfg, derived, dataset, start_step=state.step, pin_memory=device.type == "cuda")
+    schedules = build.build_schedules(cfg, derived)
+    with (
+        MetricWriter(output_dir, tensorboard=cfg.logging.tensorboard, start_step=state.step) as writer,
+        training_progress(derived.total_steps, state.step, images_per_step=derived.effective_batch_size) as progress,
+    ):
+        state.model.train()
+        for batch, clock in _timed(loader):
+            values = schedules.at(state.step)
+            scalars = train_step(state, batch, values, cfg, device)
+            scalars |= _step_facts(values, clock.stop(batch.batch_size), device)
+            state.seconds += scalars["time/step"]
+            scalars["time/total"] = state.seconds
+            progress.update(state.step, scalars)
+            if _due(state.step, cfg.logging.metrics_every_steps, derived.total_steps):
+                writer.write(state.step - 1, scalars)
+            _periodic(state, cfg, derived, store, output_dir)
+            if on_picture is not None and _due(state.step, cfg.logging.pictures_every_steps):
+                on_picture(state.model, state.step, writer)
+                state.model.train()
+    export_teacher(state.model, output_dir)
+    return state.model.eval()
+
+
+def _resume(state: TrainState, store: CheckpointStore, cfg: Config) -> None:
+    if store.latest_step() is None:
+        return
+    checkpoint = store.load()
+    check_same_run(checkpoint, cfg)
+    state.restore(checkpoint)
+    logger.info("resumed after step %d from %s", state.step, store.directory)
+
+
+def _periodic(state: TrainState, cfg: Config, derived: Derived, store: CheckpointStore, output_dir: Path) -> None:
+    """Write what is due after this step: a checkpoint, and DINOv2's copy of the teacher for evaluation."""
+    if _due(state.step, derived.checkpoint_every_steps, derived.total_steps):
+        state.save(store, cfg)
+    if _due(state.step, cfg.evaluation.eval_period_iterations):
+        export_teacher(state.model, output_dir / "eval" / f"training_{state.step - 1}")
+
+
+def _due(step: int, period: int, last: int | None = None) -> bool:
+    return (period > 0 and step % period == 0) or step == last
+
+
+@dataclass
+class _StepClock:
+    """Seconds spent waiting for the batch, and in the step."""
+
+    started: float
+    data_seconds: float
+
+    def stop(self, batch_size: int) -> dict[str, float]:
+        """Return the timings of this step; images/s counts the wait for data as well."""
+        seconds = time.perf_counter() - self.started + self.data_seconds
+        return {"time/step": seconds, "time/data": self.data_seconds, "images_per_second": batch_size / seconds}
+
+
+def _timed(loader: torch.utils.data.DataLoader[Batch]) -> Iterator[tuple[Batch, _StepClock]]:
+    asked = time.perf_counter()
+    for batch in loader:
+        arrived = time.perf_counter()
+        yield batch, _StepClock(arrived, arrived - asked)
+        asked = time.perf_counter()
+
+
+def _step_facts(values: StepValues, timings: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Return what is logged beside the losses, under DINOv2's names where it has one."""
+    facts = {
+        "lr": values.lr,
+        "wd": values.wd,
+        "mom": values.momentum,
+        "last_layer_lr": values.last_layer_lr,
+        "teacher_temp": values.teacher_temp,
+        "memory_mb": peak_memory_mb(device),
+    }
+    return facts | timings
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Return the peak memory so far in MiB: of the device on CUDA, of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

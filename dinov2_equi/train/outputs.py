@@ -1,0 +1,79 @@
+"""What student and teacher hand to the losses, with shapes.
+
+`G` = 2 global crops, `L` local crops, `M` masked patches, `K` prototypes; rows are crop-major (all images of the first
+crop, then all of the second).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dinov2_equi.equi.branch import EquiTokens
+
+
+@dataclass(frozen=True)
+class Views:
+    """Normalised crops as the networks see them, and what the branch wants back.
+
+    Attributes:
+        global_crops: [G*B, 3, H, W]; with the branch on, the second half is the transformed crop.
+        local_crops: [L*B, 3, h, w].
+        targets: [S, B, 3, H, W] in [0, 1], un-normalised, or None without the branch.
+    """
+
+    global_crops: Tensor
+    local_crops: Tensor
+    targets: Tensor | None
+
+
+@dataclass(frozen=True)
+class TeacherTargets:
+    """Targets of the SSL losses; no gradient.
+
+    Attributes:
+        dino: [G, B, K] probabilities; entry g holds the *other* crop's assignment, the one crop g must predict.
+        ibot: [M, K] probabilities of the masked patches, or None without iBOT.
+        dino_mean: [1, K] mean of the raw class-token logits, for the centre.
+        ibot_mean: [1, K] mean of the raw patch logits, [0, K] where no patch was masked, or None without iBOT.
+    """
+
+    dino: Tensor
+    ibot: Tensor | None
+    dino_mean: Tensor
+    ibot_mean: Tensor | None
+
+
+@dataclass(frozen=True)
+class StudentOutputs:
+    """Student features and logits of one pass over all crops.
+
+    Attributes:
+        cls_global: [G*B, D_inv] class tokens of the global crops before the head, for KoLeo.
+        dino_global: [G*B, K] logits.
+        dino_local: [L*B, K] logits; L may be 0.
+        ibot_masked: [M, K] logits of the masked patches, or None without iBOT.
+        equi: equivariant tokens of view 1 and view 2, or None where nothing is reconstructed.
+    """
+
+    cls_global: Tensor
+    dino_global: Tensor
+    dino_local: Tensor
+    ibot_masked: Tensor | None
+    equi: tuple[EquiTokens, EquiTokens] | None
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """Result of `SSLMetaArch.forward_backward`.
+
+    Attributes:
+        losses: detached scalars by name, `total_loss` included: exactly what was optimised.
+        metrics: detached scalars of the branch.
+        teacher: the targets, whose means move the centres once the step is known to be sound.
+    """
+
+    losses: dict[str, Tensor]
+    metrics: dict[str, Tensor]
+    teacher: TeacherTargets

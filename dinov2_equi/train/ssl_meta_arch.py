@@ -1,0 +1,246 @@
+"""Student, teacher, losses, and one training step of DINOv2 with the equivariance branch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from dinov2_equi.config.schema import Config
+from dinov2_equi.data.batch import Batch
+from dinov2_equi.data.transforms import normalize
+from dinov2_equi.equi.branch import EquiTokens, EquivarianceBranch
+from dinov2_equi.fsdp.ema import update_ema_
+from dinov2_equi.loss.dino_clstoken_loss import DINOLoss
+from dinov2_equi.loss.ibot_patch_loss import iBOTPatchLoss
+from dinov2_equi.loss.koleo_loss import KoLeoLoss
+from dinov2_equi.train import build_model
+from dinov2_equi.train.outputs import StepOutput, StudentOutputs, TeacherTargets, Views
+
+NUM_GLOBAL_CROPS = 2
+"""DINO's cross-view loss and the branch are both defined on a pair of global crops."""
+
+
+class SSLMetaArch(nn.Module):
+    """Student and teacher with DINO, iBOT and KoLeo losses, and the equivariance branch where configured.
+
+    `student` and `teacher` are module dictionaries with DINOv2's keys (`backbone`, `dino_head`, and `ibot_head` where
+    it is separate), plus `feature_split` when a transform family is set. The decoder belongs to the branch alone.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        """Build all modules from a validated configuration; the teacher starts as a copy of the student."""
+        super().__init__()
+        self.cfg = cfg
+        self.student = build_model.build_student(cfg)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.equi: EquivarianceBranch | None = build_model.build_branch(cfg)
+        ibot_head = cfg.ibot if cfg.ibot.separate_head else cfg.dino
+        self.dino_loss = DINOLoss(cfg.dino.head_n_prototypes)
+        self.ibot_patch_loss = iBOTPatchLoss(ibot_head.head_n_prototypes)
+        self.koleo_loss = KoLeoLoss()
+
+    # ------------------------------------------------------------------------------------------------ one step
+
+    def forward_backward(self, batch: Batch, *, teacher_temp: float) -> StepOutput:
+        """Run one step up to the gradients.
+
+        Args:
+            batch: crops in [0, 1], on the training device except `positions`.
+            teacher_temp: temperature of the teacher's softmax.
+
+        Returns:
+            Losses and metrics, detached. Gradients are in `.grad`; centres and teacher are not touched yet.
+        """
+        views = self._make_views(batch)
+        teacher = self._teacher_targets(views, batch, teacher_temp)
+        student = self._student_outputs(views, batch)
+        losses = self._ssl_losses(student, teacher, batch)
+        metrics: dict[str, Tensor] = {}
+        if self.equi is not None and student.equi is not None and views.targets is not None:
+            output = self.equi(*student.equi, views.targets)
+            losses["equi_loss"] = output.loss
+            metrics = output.metrics
+        total = self._weighted_sum(losses)
+        total.backward()
+        detached = {name: loss.detach() for name, loss in losses.items()}
+        return StepOutput(detached | {"total_loss": total.detach()}, metrics, teacher)
+
+    @torch.no_grad()
+    def update_teacher(self, output: StepOutput, momentum: float) -> None:
+        """Move the teacher towards the student and the centres towards this step's means.
+
+        Call it after the optimiser step, and only for a step whose losses and gradients were finite.
+        """
+        update_ema_(self.teacher, self.student, momentum)
+        if self.cfg.train.centering == "centering":
+            self.dino_loss.update_center(output.teacher.dino_mean)
+            if output.teacher.ibot_mean is not None:
+                self.ibot_patch_loss.update_center(output.teacher.ibot_mean)
+
+    @torch.no_grad()
+    def reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return view 1, view 2 [B, 3, H, W], targets and reconstructions [S, B, 3, H, W], all in [0, 1], unmasked.
+
+        Raises:
+            ValueError: if there is no decoder.
+        """
+        if self.equi is None or self.equi.decoder is None:
+            raise ValueError("nothing can be reconstructed: equi.family or equi.loss_weight is not set")
+        crops_1, crops_2 = batch.global_crops.chunk(NUM_GLOBAL_CROPS)
+        views = self.equi.make_views(crops_2, batch.positions, self.cfg.train.seed)
+        images = self._normalize(torch.cat([crops_1, views.view_2]))
+        features = self.student["backbone"](images, is_training=True)
+        tokens = self._equivariant_tokens(features["x_norm_patchtokens"], features["x_norm_clstoken"])
+        assert tokens is not None  # there is a decoder
+        size = (crops_2.shape[-2], crops_2.shape[-1])
+        return crops_1, views.view_2, views.targets, self.equi.reconstruct(*tokens, size)
+
+    # ------------------------------------------------------------------------------------------------ parts of it
+
+    def _make_views(self, batch: Batch) -> Views:
+        crops_1, crops_2 = batch.global_crops.chunk(NUM_GLOBAL_CROPS)  # [B, 3, H, W] each
+        targets = None
+        if self.equi is not None:
+            equi_views = self.equi.make_views(crops_2, batch.positions, self.cfg.train.seed)
+            crops_2, targets = equi_views.view_2, equi_views.targets
+        return Views(self._normalize(torch.cat([crops_1, crops_2])), self._normalize(batch.local_crops), targets)
+
+    def _normalize(self, images: Tensor) -> Tensor:
+        return normalize(images, self.cfg.data.mean, self.cfg.data.std)
+
+    @torch.no_grad()
+    def _teacher_targets(self, views: Views, batch: Batch, temperature: float) -> TeacherTargets:
+        features = self.teacher["backbone"](views.global_crops, is_training=True)
+        # The crops swap places: crop 1 of the student predicts crop 2 of the teacher, and the reverse.
+        cls_1, cls_2 = self._invariant(self.teacher, features["x_norm_clstoken"]).chunk(NUM_GLOBAL_CROPS)
+        cls = torch.cat([cls_2, cls_1])  # [G*B, D_inv]
+        masked = self._masked_patches(self.teacher, features["x_norm_patchtokens"], batch)  # [M, D_inv]
+        cls_logits, patch_logits = self._apply_heads(self.teacher, cls, masked)
+        dino = self._assign(self.dino_loss, cls_logits, temperature)  # [G*B, K]
+        return TeacherTargets(
+            dino=dino.unflatten(0, (NUM_GLOBAL_CROPS, -1)),
+            ibot=None if patch_logits is None else self._assign(self.ibot_patch_loss, patch_logits, temperature),
+            dino_mean=_mean_logits(cls_logits),
+            ibot_mean=None if patch_logits is None else _mean_logits(patch_logits),
+        )
+
+    def _assign(self, loss: DINOLoss | iBOTPatchLoss, logits: Tensor, temperature: float) -> Tensor:
+        """Return the teacher's prototype probabilities for logits [*, K], by the configured centring."""
+        if self.cfg.train.centering == "centering":
+            return loss.softmax_center_teacher(logits, temperature)
+        return loss.sinkhorn_knopp_teacher(logits, temperature)
+
+    def _student_outputs(self, views: Views, batch: Batch) -> StudentOutputs:
+        crops: list[Tensor] = [views.global_crops]
+        masks: list[Tensor | None] = [batch.masks]
+        if len(views.local_crops):
+            crops.append(views.local_crops)
+            masks.append(None)
+        features = self.student["backbone"](crops, masks=masks, is_training=True)
+        patches = features[0]["x_norm_patchtokens"]  # [G*B, N, D]
+        cls = [self._invariant(self.student, f["x_norm_clstoken"]) for f in features]  # [G*B, D_inv], [L*B, D_inv]
+        masked = self._masked_patches(self.student, patches, batch)  # [M, D_inv]
+        cls_logits, patch_logits = self._apply_heads(self.student, torch.cat(cls), masked)
+        num_global = len(views.global_crops)
+        return StudentOutputs(
+            cls_global=cls[0],
+            dino_global=cls_logits[:num_global],
+            dino_local=cls_logits[num_global:],
+            ibot_masked=patch_logits,
+            equi=self._equivariant_tokens(patches, features[0]["x_norm_clstoken"]),
+        )
+
+    def _ssl_losses(self, student: StudentOutputs, teacher: TeacherTargets, batch: Batch) -> dict[str, Tensor]:
+        """Return the terms as DINOv2 logs them; `_weighted_sum` knows their factors."""
+        num_crops = batch.num_local_crops
+        num_terms = NUM_GLOBAL_CROPS * num_crops + NUM_GLOBAL_CROPS  # pairs (local, teacher) and (global, other)
+        losses = {}
+        if num_crops:
+            local = self.dino_loss(list(student.dino_local.chunk(num_crops)), list(teacher.dino))
+            losses["dino_local_crops_loss"] = local / num_terms
+        both = self.dino_loss([student.dino_global], [teacher.dino.flatten(0, 1)])  # mean over G*B
+        losses["dino_global_crops_loss"] = both * NUM_GLOBAL_CROPS / num_terms
+        if self.cfg.dino.koleo_loss_weight > 0:
+            koleo = sum(self.koleo_loss(cls) for cls in student.cls_global.chunk(NUM_GLOBAL_CROPS))
+            losses["koleo_loss"] = self.cfg.dino.koleo_loss_weight * koleo / NUM_GLOBAL_CROPS
+        if student.ibot_masked is not None and teacher.ibot is not None:
+            losses["ibot_loss"] = (
+                self.ibot_patch_loss.forward_masked(
+                    student.ibot_masked, teacher.ibot, batch.mask_weights, len(batch.masks)
+                )
+                / NUM_GLOBAL_CROPS
+            )
+        return losses
+
+    def _weighted_sum(self, losses: dict[str, Tensor]) -> Tensor:
+        """Return the optimised loss: the logged terms times the factors DINOv2 gives them.
+
+        DINOv2 logs KoLeo and iBOT as means over the two global crops but optimises their sums, hence the factor 2.
+        """
+        factors = {
+            "dino_local_crops_loss": self.cfg.dino.loss_weight,
+            "dino_global_crops_loss": self.cfg.dino.loss_weight,
+            "koleo_loss": NUM_GLOBAL_CROPS,
+            "ibot_loss": NUM_GLOBAL_CROPS * self.cfg.ibot.loss_weight,
+            "equi_loss": self.cfg.equi.loss_weight,
+        }
+        return torch.stack([factors[name] * loss.float() for name, loss in losses.items()]).sum()
+
+    # ------------------------------------------------------------------------------------------------ features
+
+    @staticmethod
+    def _invariant(network: nn.ModuleDict, tokens: Tensor) -> Tensor:
+        """Return the channels that the SSL losses see: all of them without the branch."""
+        if "feature_split" not in network:
+            return tokens
+        invariant: Tensor = network["feature_split"].invariant(tokens)  # type: ignore[operator]
+        return invariant
+
+    def _masked_patches(self, network: nn.ModuleDict, patches: Tensor, batch: Batch) -> Tensor | None:
+        """Return the invariant part [M, D_inv] of the masked patches, or None without iBOT."""
+        if self.cfg.ibot.loss_weight == 0:
+            return None
+        return self._invariant(network, patches.flatten(0, 1).index_select(0, batch.mask_indices))
+
+    @staticmethod
+    def _apply_heads(network: nn.ModuleDict, cls: Tensor, patches: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return logits of class tokens [*, K] and masked patches [M, K]; a shared head runs once over both."""
+        if patches is None:
+            return network["dino_head"](cls), None
+        if "ibot_head" in network:
+            return network["dino_head"](cls), network["ibot_head"](patches)
+        cls_logits, patch_logits = network["dino_head"](torch.cat([cls, patches])).split([len(cls), len(patches)])
+        return cls_logits, patch_logits
+
+    def _equivariant_tokens(self, patches: Tensor, cls: Tensor) -> tuple[EquiTokens, EquiTokens] | None:
+        """Return the equivariant part of both global views, or None where nothing is reconstructed."""
+        if self.equi is None or self.equi.decoder is None:
+            return None
+        split = self.student["feature_split"]
+        patch_views = split.equivariant(patches).chunk(NUM_GLOBAL_CROPS)  # type: ignore[operator]
+        if not self.cfg.equi.use_cls:
+            return EquiTokens(patch_views[0]), EquiTokens(patch_views[1])
+        cls_views = split.equivariant(cls).chunk(NUM_GLOBAL_CROPS)  # type: ignore[operator]
+        return EquiTokens(patch_views[0], cls_views[0]), EquiTokens(patch_views[1], cls_views[1])
+
+    # ------------------------------------------------------------------------------------------------ bookkeeping
+
+    def trainable_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the sub-networks that the optimiser updates, by name; gradients are clipped for each on its own."""
+        yield from self.student.items()
+        if self.equi is not None and self.equi.decoder is not None:
+            yield "equi_decoder", self.equi.decoder
+
+    def train(self, mode: bool = True) -> SSLMetaArch:
+        """Set the mode of the student and the branch; the teacher always stays in evaluation mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+
+def _mean_logits(logits: Tensor) -> Tensor:
+    """Return the float32 mean [1, K] of logits [R, K]; [0, K] for R = 0, which moves no centre."""
+    return logits.float().mean(dim=0, keepdim=True) if len(logits) else logits.float()

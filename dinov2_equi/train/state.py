@@ -1,0 +1,112 @@
+"""Everything a run needs to go on as if it had never stopped, and how it travels to and from a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov2_equi.config.schema import Config
+from dinov2_equi.fsdp.checkpoint import Checkpoint, CheckpointStore, flatten_optimizer, restore_optimizer_
+from dinov2_equi.models.weights import load_exact
+from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
+
+logger = logging.getLogger(__name__)
+
+IDENTITY_SECTIONS = ("student", "dino", "ibot", "equi", "crops", "data")
+IDENTITY_KEYS = ("train.dataset_path", "train.seed", "train.batch_size_per_gpu", "train.centering")
+"""Settings that make a run the run it is: a resume under other values would be neither the old run nor a new one."""
+
+
+class ResumeError(ValueError):
+    """The run folder holds a run with other settings."""
+
+
+@dataclass
+class TrainState:
+    """A run in memory.
+
+    Attributes:
+        model: student, teacher, branch and centres.
+        optimizer: AdamW over the trainable modules.
+        step: number of finished steps; also the index of the next one.
+        seconds: time spent in these steps, over all resumes.
+    """
+
+    model: SSLMetaArch
+    optimizer: torch.optim.AdamW
+    step: int = 0
+    seconds: float = 0.0
+
+    def save(self, store: CheckpointStore, cfg: Config) -> None:
+        """Write a checkpoint of this state; the sample position follows from the step."""
+        optimizer_tensors, optimizer_state = flatten_optimizer(self.optimizer)
+        tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors, "rng": _random_state()}
+        store.save(
+            self.step, tensors, {"optimizer": optimizer_state, "config": flat_config(cfg), "seconds": self.seconds}
+        )
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take over weights, optimiser, random state and step of a checkpoint.
+
+        Raises:
+            ValueError: if the checkpoint does not fit this model; lists the differences.
+        """
+        load_exact(self.model, checkpoint.tensors["model"])
+        restore_optimizer_(self.optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
+        _set_random_state(checkpoint.tensors["rng"])
+        self.step = checkpoint.step
+        self.seconds = float(checkpoint.state["seconds"])
+
+
+def check_same_run(checkpoint: Checkpoint, cfg: Config) -> None:
+    """Compare the settings of a checkpoint with those of the run about to continue it.
+
+    Settings that do not change what is learned (workers, logging, evaluation) may differ; a changed schedule is
+    warned about, since it can be meant (a longer run).
+
+    Raises:
+        ResumeError: if a setting differs that would make it another run; names each with both values.
+    """
+    before, now = checkpoint.state["config"], flat_config(cfg)
+    changed = [key for key in now if key not in before or before[key] != now[key]]
+    identity = [key for key in changed if key.split(".")[0] in IDENTITY_SECTIONS or key in IDENTITY_KEYS]
+    if identity:
+        listing = "; ".join(f"{key}: was {before.get(key)!r}, now {now[key]!r}" for key in identity)
+        raise ResumeError(
+            f"the output folder holds step {checkpoint.step} of a run with other settings ({listing}). "
+            "Choose another output folder, or add --no-resume to set the old run aside and start anew"
+        )
+    for key in (key for key in changed if key.startswith("optim.") or key.startswith("teacher.")):
+        logger.warning("resuming with %s = %r; the run so far used %r", key, now[key], before.get(key))
+
+
+def flat_config(cfg: Config) -> dict[str, Any]:
+    """Return the configuration as dotted keys and plain values."""
+
+    def walk(prefix: str, node: Any) -> dict[str, Any]:
+        if not isinstance(node, dict):
+            return {prefix: node}
+        flat: dict[str, Any] = {}
+        for key, value in node.items():
+            flat |= walk(f"{prefix}.{key}" if prefix else str(key), value)
+        return flat
+
+    return walk("", dataclasses.asdict(cfg))
+
+
+def _random_state() -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())

@@ -1,0 +1,79 @@
+"""One training step: gradients, guard, clip, optimiser, teacher."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from dinov2_equi.config.schema import Config
+from dinov2_equi.data.batch import Batch
+from dinov2_equi.distributed.env import get_rank
+from dinov2_equi.train.param_groups import apply_schedule_
+from dinov2_equi.train.schedules import StepValues
+from dinov2_equi.train.state import TrainState
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss or gradient was NaN or infinite; weights, optimiser, teacher and centres are as before the step."""
+
+
+def train_step(
+    state: TrainState, batch: Batch, values: StepValues, cfg: Config, device: torch.device
+) -> dict[str, float]:
+    """Run one step and advance the state by one.
+
+    Args:
+        state: the run; changed in place.
+        batch: one collated batch.
+        values: learning rate, weight decay, momentum and temperature of this step.
+        cfg: the configuration.
+        device: where to compute.
+
+    Returns:
+        Losses, branch metrics and gradient norms (before clipping) by name.
+
+    Raises:
+        NonFiniteLossError: before anything but gradients changed; names step, rank and term.
+    """
+    state.optimizer.zero_grad(set_to_none=True)
+    with autocast(cfg, device):
+        output = state.model.forward_backward(batch.to(device), teacher_temp=values.teacher_temp)
+    norms = _clip_gradients(state, cfg.optim.clip_grad)
+    named = output.losses | output.metrics | norms
+    scalars = dict(zip(named, torch.stack([v.float() for v in named.values()]).tolist(), strict=True))  # one transfer
+    _check_finite(scalars, state.step)
+    apply_schedule_(state.optimizer, values)
+    state.optimizer.step()
+    state.model.update_teacher(output, values.momentum)
+    state.step += 1
+    return scalars
+
+
+def autocast(cfg: Config, device: torch.device) -> AbstractContextManager[None]:
+    """Return the precision context of `compute_precision.autocast`: bf16 on CUDA by default, fp32 elsewhere."""
+    choice = cfg.compute_precision.autocast
+    if choice == "bf16" or (choice == "auto" and device.type == "cuda"):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def _clip_gradients(state: TrainState, max_norm: float) -> dict[str, torch.Tensor]:
+    """Clip each sub-network on its own, as DINOv2 does; return the norms before clipping. 0 turns clipping off."""
+    limit = max_norm if max_norm > 0 else math.inf
+    return {
+        f"grad_norm/{name}": torch.nn.utils.clip_grad_norm_(module.parameters(), limit)
+        for name, module in state.model.trainable_modules()
+        if any(p.grad is not None for p in module.parameters())
+    }
+
+
+def _check_finite(scalars: dict[str, float], step: int) -> None:
+    broken = {name: value for name, value in scalars.items() if not math.isfinite(value)}
+    if broken:
+        terms = ", ".join(f"{name} = {value}" for name, value in broken.items())
+        raise NonFiniteLossError(
+            f"step {step}, rank {get_rank()}: {terms}. Nothing was updated and the last checkpoint is sound. "
+            "Lower optim.base_lr or equi.loss_weight, lengthen optim.warmup_epochs, or look at the images of this step"
+        )

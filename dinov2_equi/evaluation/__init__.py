@@ -1,0 +1,1 @@
+"""Measuring a trained backbone: features, k-NN, transform probes, pictures and the HTML report of a run."""

@@ -1,0 +1,1 @@
+"""Entry points: the only places that read the command line."""

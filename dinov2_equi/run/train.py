@@ -1,0 +1,132 @@
+"""Train DINOv2 with the equivariance branch.
+
+    python dinov2_equi/run/train.py --config-file configs/quickstart.yaml --output-dir runs/quickstart [key=value ...]
+
+Running the same command again goes on where the last run stopped. Exit codes: 0 done, 1 stopped by a numerical fault,
+2 something in the command, configuration or data is wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a file: Python put this folder on the path, not the repository root
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import argparse
+import logging
+import time
+from collections.abc import Sequence
+
+import torch
+
+from dinov2_equi.config.derive import Derived, derive
+from dinov2_equi.config.load import load_config
+from dinov2_equi.distributed.env import get_rank, get_world_size
+from dinov2_equi.equi.families import FAMILIES
+from dinov2_equi.fsdp.manifest import CheckpointError
+from dinov2_equi.layers.backend import describe_backend
+from dinov2_equi.logging.setup import setup_logging
+from dinov2_equi.models.registry import ARCHS
+from dinov2_equi.run.finish import finish_run, picture_hook
+from dinov2_equi.train.build import build_datasets, select_device
+from dinov2_equi.train.loop import train
+from dinov2_equi.train.step import NonFiniteLossError
+
+logger = logging.getLogger(__name__)
+
+EXIT_DONE, EXIT_NON_FINITE, EXIT_USER_ERROR = 0, 1, 2
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line; flags and `key=value` overrides may stand in any order."""
+    parser = argparse.ArgumentParser(
+        description="Train DINOv2 with the equivariance branch.",
+        epilog="example: python dinov2_equi/run/train.py --config-file configs/quickstart.yaml "
+        "--output-dir runs/mine train.dataset_path=/data/photos optim.epochs=20",
+    )
+    parser.add_argument("--config-file", metavar="FILE", help="YAML with what differs from the defaults")
+    parser.add_argument(
+        "--output-dir", "--output_dir", metavar="DIR", help="run folder; default: train.output_dir of the configuration"
+    )
+    parser.add_argument("--no-resume", action="store_true", help="set an earlier run in the folder aside, start anew")
+    parser.add_argument("--eval-only", action="store_true", help="do not train: report on the newest checkpoint")
+    parser.add_argument("opts", nargs="*", metavar="key=value", help="override a configuration key, e.g. train.seed=1")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    args = get_parser().parse_intermixed_args(argv)
+    try:
+        _run(args)
+    except NonFiniteLossError as error:
+        return _fail(error, EXIT_NON_FINITE)
+    # ConfigError, DatasetError, ResumeError and weights that do not fit are ValueErrors that explain themselves.
+    except (ValueError, CheckpointError, OSError) as error:
+        logger.debug("stopped", exc_info=True)
+        return _fail(error, EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on from the last checkpoint", EXIT_USER_ERROR)
+    return EXIT_DONE
+
+
+def _fail(reason: object, code: int) -> int:
+    sys.stderr.write(f"error: {reason}\n")
+    return code
+
+
+def _run(args: argparse.Namespace) -> None:
+    cfg = load_config(
+        Path(args.config_file) if args.config_file else None,
+        args.opts,
+        arch_widths={name: arch.embed_dim for name, arch in ARCHS.items()},
+        arch_heads={name: arch.num_heads for name, arch in ARCHS.items()},
+        families=tuple(FAMILIES),
+    )
+    derived = derive(cfg, world_size=get_world_size())
+    device = select_device(cfg)
+    dataset, holdout = build_datasets(cfg)  # a wrong path fails here, before any model is built
+    output_dir = Path(args.output_dir or cfg.train.output_dir).expanduser().resolve()
+    if args.no_resume:
+        _set_aside(output_dir)
+    setup_logging(output_dir, get_rank())
+    if cfg.train.num_threads:
+        torch.set_num_threads(cfg.train.num_threads)
+    _log_start(derived, device, output_dir)
+    logger.info("%d training images, %d held back", len(dataset), 0 if holdout is None else len(holdout))
+    model = train(
+        cfg,
+        derived,
+        dataset=dataset,
+        device=device,
+        output_dir=output_dir,
+        eval_only=args.eval_only,
+        on_picture=picture_hook(cfg, holdout, device),
+    )
+    finish_run(cfg, model, dataset=dataset, holdout=holdout, device=device, output_dir=output_dir)
+
+
+def _set_aside(output_dir: Path) -> None:
+    """Move an earlier run out of the way, inside its folder; nothing is deleted."""
+    if not (output_dir / "checkpoints").exists() and not (output_dir / "training_metrics.json").exists():
+        return
+    aside = output_dir / "set_aside" / time.strftime("%Y%m%d-%H%M%S")
+    aside.mkdir(parents=True)
+    for path in sorted(output_dir.iterdir()):
+        if path.name != "set_aside":
+            path.rename(aside / path.name)
+
+
+def _log_start(derived: Derived, device: torch.device, output_dir: Path) -> None:
+    logger.info("run folder %s", output_dir)
+    logger.info("device %s, torch %s, %d CPU threads", device, torch.__version__, torch.get_num_threads())
+    logger.info(describe_backend(device))
+    logger.info(
+        "%d steps of %d images, peak learning rate %.3g", derived.total_steps, derived.effective_batch_size, derived.lr
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

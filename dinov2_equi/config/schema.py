@@ -376,8 +376,9 @@ class DataConfig:
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     """Standard deviation of the channels."""
 
-    holdout_fraction: float = 0.05
-    """Share of the training images kept back for the report's pictures and probe, in [0, 1); 0: none."""
+    holdout_fraction: float = 0.0
+    """Share of the training images kept back for the report's pictures and probe, in [0, 1); 0: none. The data set
+    `sample_photos` always keeps back whole photographs."""
 
     holdout_path: str = ""
     """Data set used for them instead, in the form of `train.dataset_path`; empty: keep back a share."""

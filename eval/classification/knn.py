@@ -53,8 +53,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-workers", type=int, default=0, help="processes that decode images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0, help="of random weights")
-    parser.add_argument("--output", type=Path, default=Path("results.json"), help="default: results.json")
-    return parser.parse_args(argv)
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: knn.json in the run, or here without one")
+    args = parser.parse_args(argv)
+    if args.output is None:
+        args.output = (args.run or Path()) / "knn.json"
+    return args
 
 
 def build_model(args: argparse.Namespace) -> tuple[nn.Module, Sequence[float], Sequence[float]]:

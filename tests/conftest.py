@@ -1,0 +1,38 @@
+"""What tests of every folder share: one thread, and configurations of the smallest run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from dinov2_equi.config.load import load_config
+from dinov2_equi.config.schema import Config
+from dinov2_equi.equi.families import FAMILIES
+from dinov2_equi.models.registry import ARCHS
+
+DEBUG_CPU = Path(__file__).parents[1] / "configs" / "debug_cpu.yaml"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Compute on one thread: sums keep their order, and small tensors are faster."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def make_config() -> Callable[..., Config]:
+    """Return a function from `key=value` overrides to a validated configuration, by default on `debug_cpu.yaml`."""
+
+    def make(*overrides: str, config_file: Path | None = DEBUG_CPU) -> Config:
+        return load_config(
+            config_file,
+            overrides,
+            arch_widths={name: arch.embed_dim for name, arch in ARCHS.items()},
+            arch_heads={name: arch.num_heads for name, arch in ARCHS.items()},
+            families=tuple(FAMILIES),
+        )
+
+    return make

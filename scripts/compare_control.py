@@ -1,6 +1,6 @@
 """Train a configuration and its control (transform without reconstruction) over several seeds, and tabulate both.
 
-    python scripts/compare_control.py --config configs/quickstart.yaml --output-dir runs/control --seeds 0 1 2 [key=value ...]
+    python scripts/compare_control.py --config configs/quickstart.yaml --output-dir runs/control --seeds 0 1 2
 
 Each run is an ordinary training run in its own folder: a finished one is not trained again, an interrupted one goes on.
 With `--knn-train` and `--knn-val` the k-NN accuracy is measured as well. Writes `comparison.json` and prints a table.

@@ -395,7 +395,7 @@ class LoggingConfig:
     """Write TensorBoard event files too."""
 
     pictures_every_steps: int = 0
-    """Steps between two sets of pictures (reconstructions, features); 0: only at the end."""
+    """Steps between two pictures of reconstructions; 0: only in the report at the end."""
 
     report: bool = True
     """Write `report.html` at the end."""

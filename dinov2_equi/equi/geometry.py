@@ -47,8 +47,12 @@ def _matrices(*entries: Tensor) -> Tensor:
 
 
 def compose(a: Tensor, b: Tensor) -> Tensor:
-    """Return the map that applies `b` first, then `a`; both [..., 3, 3]."""
-    return a @ b
+    """Return the map that applies `b` first, then `a`; both [..., 3, 3].
+
+    Written without a matrix product: autocast and TF32 would round its factors, and a point 100 pixels from the centre
+    would be known to half a pixel only.
+    """
+    return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(dim=-2)  # [..., 3, 3, 3] -> [..., 3, 3]
 
 
 def inverse(maps: Tensor) -> Tensor:
@@ -59,9 +63,10 @@ def inverse(maps: Tensor) -> Tensor:
 
 def transform_points(maps: Tensor, points: Tensor) -> Tensor:
     """Return `points` [..., K, 2] moved forward by `maps` [..., 3, 3]; leading axes broadcast."""
-    homogeneous = F.pad(points, (0, 1), value=1.0)  # [..., K, 3]
-    moved = homogeneous @ maps.transpose(-1, -2)  # [..., K, 3]
-    return moved[..., :2] / moved[..., 2:]
+    x, y = points.unbind(dim=-1)  # [..., K]
+    m = maps.unsqueeze(-3)  # [..., 1, 3, 3]; products entry by entry, for the reason given in `compose`
+    moved_x, moved_y, w = (m[..., i, 0] * x + m[..., i, 1] * y + m[..., i, 2] for i in range(3))  # [..., K]
+    return torch.stack([moved_x / w, moved_y / w], dim=-1)
 
 
 def pixel_centres(size: tuple[int, int], *, device: torch.device | None = None) -> Tensor:

@@ -97,7 +97,7 @@ def build_hub_backbone(
             "no published weights exist yet for this model; pass weights=PATH with a weight file, or pretrained=False"
         )
     arguments: dict[str, Any] = {
-        "img_size": DEFAULT_IMG_SIZE[patch_size],
+        "img_size": DEFAULT_IMG_SIZE.get(patch_size, patch_size * 32),
         "init_values": 1.0,
         "ffn_layer": "swiglufused" if arch == "vit_giant2" else "mlp",
         "block_chunks": 0,

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 EPS = 1e-8
-MAX_GRADIENT = 1e4
-"""A pair whose gradient would be larger has no meaningful direction; 6.5e4 is the end of float16."""
+MAX_GRADIENT = 1e6
+"""A pair whose gradient would be larger has no meaningful direction: its distance is rounding."""
+MAX_GRADIENT_FLOAT16 = 1e4
+"""The same for float16 features, whose gradients end at 6.5e4."""
 
 
 class KoLeoLoss(nn.Module):
@@ -33,6 +35,7 @@ class KoLeoLoss(nn.Module):
         Returns:
             A float32 scalar; 0 for fewer than two images, which have no neighbour.
         """
+        max_gradient = MAX_GRADIENT_FLOAT16 if student_output.dtype == torch.float16 else MAX_GRADIENT
         with torch.autocast(device_type=student_output.device.type, enabled=False):
             raw = student_output.float()  # [B, D]
             if raw.shape[0] < 2:
@@ -44,7 +47,7 @@ class KoLeoLoss(nn.Module):
                 distances = differences.norm(dim=-1)  # [B]
                 norms = raw.norm(dim=-1)
                 shorter = torch.minimum(norms, norms[neighbors])
-                is_degenerate = distances * shorter < 1.0 / MAX_GRADIENT
+                is_degenerate = distances * shorter < 1.0 / max_gradient
             # The norm's gradient at zero must not be computed at all: NaN times zero is NaN.
             safe = torch.where(is_degenerate.unsqueeze(-1), torch.ones_like(differences), differences)
             used = torch.where(is_degenerate, distances, safe.norm(dim=-1))

@@ -26,10 +26,11 @@ from dinov2_equi.evaluation.transform_regression import ProbeResult, transform_r
 from dinov2_equi.layers.backend import describe_backend
 from dinov2_equi.logging.console import get_console
 from dinov2_equi.logging.metrics import METRICS_NAME, MetricWriter, read_metrics
-from dinov2_equi.train.build_model import build_student_backbone
+from dinov2_equi.train.build import build_initial_backbone, build_probe_datasets
 from dinov2_equi.train.loop import StepHook
 from dinov2_equi.train.preview import Preview, make_preview
 from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
+from dinov2_equi.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -68,18 +69,23 @@ class ProbePair:
 
 def finish_run(
     cfg: Config,
-    model: SSLMetaArch,
+    state: TrainState,
     *,
     dataset: ImageDataset,
     holdout: ImageDataset | None,
     device: torch.device,
     output_dir: Path,
 ) -> None:
-    """Measure and show what was learned; `logging.report` and `evaluation.probe` switch the parts off."""
-    metrics = read_metrics(output_dir / METRICS_NAME)
+    """Measure and show what was learned; `logging.report` and `evaluation.probe` switch the parts off.
+
+    Raises:
+        ValueError: if the metrics file is missing or holds no step of this run.
+    """
+    model, metrics = state.model, _metrics_until(output_dir / METRICS_NAME, state.step)
     probe = None
     if cfg.evaluation.probe and holdout is not None:
-        probe = run_probe(cfg, model, dataset=dataset, holdout=holdout, device=device)
+        train_images, test_images = build_probe_datasets(dataset, holdout)
+        probe = run_probe(cfg, model, train_set=train_images, test_set=test_images, device=device)
     _write_results(cfg, metrics, probe, output_dir)
     report = None
     if cfg.logging.report:
@@ -97,18 +103,28 @@ def finish_run(
     _print_summary(metrics, probe, report)
 
 
+def _metrics_until(path: Path, step: int) -> list[dict[str, float]]:
+    """Return the log of the first `step` steps: a killed run may have logged more than its checkpoint holds."""
+    lines = [line for line in read_metrics(path) if line["iteration"] < step] if path.is_file() else []
+    if not lines:
+        raise ValueError(
+            f"{path} holds no step before {step}: nothing to report. Was it moved? Train again to write it"
+        )
+    return lines
+
+
 def run_probe(
-    cfg: Config, model: SSLMetaArch, *, dataset: ImageDataset, holdout: ImageDataset, device: torch.device
+    cfg: Config, model: SSLMetaArch, *, train_set: ImageDataset, test_set: ImageDataset, device: torch.device
 ) -> ProbePair:
-    """Regress the rotation from frozen features of image pairs: trained on training images, tested on held-back ones.
+    """Regress the rotation from frozen features of image pairs; the test images are not among the training ones.
 
     Both networks are given the same pairs; the untrained one has the very weights this run started from.
     """
     settings = cfg.evaluation
     size = settings.probe_size or cfg.crops.global_crops_size
     logger.info("probing the features for the rotation (%d pairs)", settings.probe_train_pairs)
-    train_images = eval_images(dataset, size, max(1, settings.probe_train_pairs // DRAWS_PER_IMAGE))
-    test_images = eval_images(holdout, size, max(1, settings.probe_test_pairs // DRAWS_PER_IMAGE))
+    train_images = eval_images(train_set, size, max(1, settings.probe_train_pairs // DRAWS_PER_IMAGE))
+    test_images = eval_images(test_set, size, max(1, settings.probe_test_pairs // DRAWS_PER_IMAGE))
     family = build_family(
         PROBE_FAMILY, FamilySettings(cfg.equi.max_rotation_deg, cfg.equi.max_translation_px, cfg.equi.fill)
     )
@@ -129,14 +145,7 @@ def run_probe(
             seed=cfg.train.seed,
         )
 
-    return ProbePair(before=probe(_untrained_backbone(cfg, device)), after=probe(model.teacher["backbone"]))
-
-
-def _untrained_backbone(cfg: Config, device: torch.device) -> torch.nn.Module:
-    """Return the backbone with the weights this run started from."""
-    with torch.random.fork_rng():
-        torch.manual_seed(cfg.train.seed)
-        return build_student_backbone(cfg).to(device).eval()
+    return ProbePair(before=probe(build_initial_backbone(cfg).to(device)), after=probe(model.teacher["backbone"]))
 
 
 def picture_hook(cfg: Config, holdout: ImageDataset | None, device: torch.device) -> StepHook | None:
@@ -159,7 +168,7 @@ def _reconstruction_figure(preview: Preview) -> Figure:
 def _pca_figure(cfg: Config, model: SSLMetaArch, holdout: ImageDataset, device: torch.device) -> Figure:
     """Return held-back photographs above the patch features of the untrained and the trained network."""
     images = eval_images(holdout, PCA_PATCHES * cfg.student.patch_size, NUM_PICTURES)
-    networks = {"untrained": _untrained_backbone(cfg, device), "trained": model.teacher["backbone"]}
+    networks = {"untrained": build_initial_backbone(cfg).to(device), "trained": model.teacher["backbone"]}
     colors = {
         label: pca_colors(
             extract_patch_tokens(

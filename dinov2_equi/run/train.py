@@ -3,7 +3,7 @@
     python dinov2_equi/run/train.py --config-file configs/quickstart.yaml --output-dir runs/quickstart [key=value ...]
 
 Running the same command again goes on where the last run stopped. Exit codes: 0 done, 1 stopped by a numerical fault,
-2 something in the command, configuration or data is wrong.
+2 something in the command, configuration or data is wrong, 130 interrupted by the keyboard.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ if __package__ in (None, ""):  # started as a file: Python put this folder on th
 
 import argparse
 import logging
-import time
 from collections.abc import Sequence
 
 import torch
@@ -30,13 +29,14 @@ from dinov2_equi.layers.backend import describe_backend
 from dinov2_equi.logging.setup import setup_logging
 from dinov2_equi.models.registry import ARCHS
 from dinov2_equi.run.finish import finish_run, picture_hook
-from dinov2_equi.train.build import build_datasets, select_device
-from dinov2_equi.train.loop import train
+from dinov2_equi.run.folder import check_run_folder, holds_run, set_aside
+from dinov2_equi.train.build import build_datasets, check_weight_files, select_device
+from dinov2_equi.train.loop import load_finished, train
 from dinov2_equi.train.step import NonFiniteLossError
 
 logger = logging.getLogger(__name__)
 
-EXIT_DONE, EXIT_NON_FINITE, EXIT_USER_ERROR = 0, 1, 2
+EXIT_DONE, EXIT_NON_FINITE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -58,7 +58,10 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    args = get_parser().parse_intermixed_args(argv)
+    parser = get_parser()
+    args = parser.parse_intermixed_args(argv)
+    if args.eval_only and args.no_resume:
+        parser.error("--eval-only looks at the run that --no-resume would set aside; give one of the two")
     try:
         _run(args)
     except NonFiniteLossError as error:
@@ -68,12 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.debug("stopped", exc_info=True)
         return _fail(error, EXIT_USER_ERROR)
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on from the last checkpoint", EXIT_USER_ERROR)
+        return _fail("interrupted; the same command goes on from the last checkpoint", EXIT_INTERRUPTED)
     return EXIT_DONE
 
 
 def _fail(reason: object, code: int) -> int:
-    sys.stderr.write(f"error: {reason}\n")
+    message = str(reason)
+    if "Original Traceback" in message:  # an error of a loader process arrives with its traceback as text
+        message = message.strip().rsplit("Error: ", 1)[-1]
+    sys.stderr.write(f"error: {message}\n")
     return code
 
 
@@ -87,36 +93,24 @@ def _run(args: argparse.Namespace) -> None:
     )
     derived = derive(cfg, world_size=get_world_size())
     device = select_device(cfg)
-    dataset, holdout = build_datasets(cfg)  # a wrong path fails here, before any model is built
     output_dir = Path(args.output_dir or cfg.train.output_dir).expanduser().resolve()
+    check_run_folder(output_dir, must_exist=args.eval_only)
+    if args.no_resume or not holds_run(output_dir):  # a run that goes on no longer needs what it started from
+        check_weight_files(cfg)
+    dataset, holdout = build_datasets(cfg)  # a wrong path fails here, before any model is built
     if args.no_resume:
-        _set_aside(output_dir)
+        set_aside(output_dir)
     setup_logging(output_dir, get_rank())
     if cfg.train.num_threads:
         torch.set_num_threads(cfg.train.num_threads)
     _log_start(derived, device, output_dir)
     logger.info("%d training images, %d held back", len(dataset), 0 if holdout is None else len(holdout))
-    model = train(
-        cfg,
-        derived,
-        dataset=dataset,
-        device=device,
-        output_dir=output_dir,
-        eval_only=args.eval_only,
-        on_picture=picture_hook(cfg, holdout, device),
-    )
-    finish_run(cfg, model, dataset=dataset, holdout=holdout, device=device, output_dir=output_dir)
-
-
-def _set_aside(output_dir: Path) -> None:
-    """Move an earlier run out of the way, inside its folder; nothing is deleted."""
-    if not (output_dir / "checkpoints").exists() and not (output_dir / "training_metrics.json").exists():
-        return
-    aside = output_dir / "set_aside" / time.strftime("%Y%m%d-%H%M%S")
-    aside.mkdir(parents=True)
-    for path in sorted(output_dir.iterdir()):
-        if path.name != "set_aside":
-            path.rename(aside / path.name)
+    if args.eval_only:
+        state = load_finished(cfg, derived, device=device, output_dir=output_dir)
+    else:
+        on_picture = picture_hook(cfg, holdout, device)
+        state = train(cfg, derived, dataset=dataset, device=device, output_dir=output_dir, on_picture=on_picture)
+    finish_run(cfg, state, dataset=dataset, holdout=holdout, device=device, output_dir=output_dir)
 
 
 def _log_start(derived: Derived, device: torch.device, output_dir: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import torch
 
@@ -10,7 +11,7 @@ from dinov2_equi.config.derive import Derived
 from dinov2_equi.config.schema import Config
 from dinov2_equi.data.augmentations import DataAugmentationDINO
 from dinov2_equi.data.batch import Batch
-from dinov2_equi.data.datasets.base import ImageDataset
+from dinov2_equi.data.datasets.base import DatasetError, ImageDataset
 from dinov2_equi.data.datasets.holdout import split_holdout
 from dinov2_equi.data.datasets.make import make_dataset
 from dinov2_equi.data.datasets.sample_photos import SamplePhotos
@@ -18,7 +19,8 @@ from dinov2_equi.data.loaders import make_train_loader
 from dinov2_equi.data.masking import MaskingGenerator
 from dinov2_equi.distributed.env import get_rank, get_world_size
 from dinov2_equi.fsdp.checkpoint import read_checkpoint
-from dinov2_equi.models.weights import load_exact
+from dinov2_equi.models.registry import ARCHS
+from dinov2_equi.models.weights import load_exact, read_state_dict, rechunk_blocks
 from dinov2_equi.train import schedules
 from dinov2_equi.train.param_groups import build_param_groups
 from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
@@ -48,14 +50,32 @@ def build_datasets(cfg: Config) -> tuple[ImageDataset, ImageDataset | None]:
     Raises:
         DatasetError: if a path or name is wrong; says what was looked for.
     """
-    train = make_dataset(cfg.train.dataset_path)
+    train = _make_dataset("train.dataset_path", cfg.train.dataset_path)
     if cfg.data.holdout_path:
-        return train, make_dataset(cfg.data.holdout_path)
+        return train, _make_dataset("data.holdout_path", cfg.data.holdout_path)
     if isinstance(train, SamplePhotos):
         return train, SamplePhotos(split="VAL")
     if cfg.data.holdout_fraction > 0 and len(train) > 1:
         return split_holdout(train, cfg.data.holdout_fraction, cfg.train.seed)
     return train, None
+
+
+def build_probe_datasets(train: ImageDataset, holdout: ImageDataset) -> tuple[ImageDataset, ImageDataset]:
+    """Return disjoint images to train and to test a probe on: the training and the held-back ones.
+
+    The sample photographs show too few scenes to generalise to others; their probe is tested on other parts of the
+    photographs it is trained on.
+    """
+    if isinstance(train, SamplePhotos):
+        return SamplePhotos(split="PROBE_TRAIN"), SamplePhotos(split="PROBE_TEST")
+    return train, holdout
+
+
+def _make_dataset(key: str, spec: str) -> ImageDataset:
+    try:
+        return make_dataset(spec)
+    except DatasetError as error:
+        raise DatasetError(f"{key}={spec}: {error}") from error
 
 
 def build_loader(
@@ -115,15 +135,8 @@ def _build_mask_generator(cfg: Config) -> MaskingGenerator:
 
 
 def build_state(cfg: Config, derived: Derived, device: torch.device) -> TrainState:
-    """Return a fresh run: model on the device, `MODEL.WEIGHTS` loaded where given, AdamW with layer-wise decay.
-
-    Raises:
-        ValueError: if given weights do not fit the model; lists the differences.
-    """
-    model = SSLMetaArch(cfg)
-    if cfg.MODEL.WEIGHTS:
-        load_exact(model, read_checkpoint(cfg.MODEL.WEIGHTS).tensors["model"])
-    model.to(device)
+    """Return a fresh run: model with random weights on the device, AdamW with layer-wise decay."""
+    model = SSLMetaArch(cfg).to(device)
     groups = build_param_groups(
         dict(model.trainable_modules()),
         layerwise_decay=cfg.optim.layerwise_decay,
@@ -132,6 +145,45 @@ def build_state(cfg: Config, derived: Derived, device: torch.device) -> TrainSta
     betas = (cfg.optim.adamw_beta1, cfg.optim.adamw_beta2)
     optimizer = torch.optim.AdamW(groups, lr=derived.lr, betas=betas, fused=True)
     return TrainState(model, optimizer)
+
+
+def check_weight_files(cfg: Config) -> None:
+    """Look for the weights to start from before anything is built.
+
+    Raises:
+        ValueError: if a file or folder is missing; names the key.
+    """
+    for key, path in (
+        ("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS),
+        ("student.pretrained_weights", cfg.student.pretrained_weights),
+    ):
+        if path and not Path(path).expanduser().exists():
+            raise ValueError(f"{key}: there is nothing at {path}; give the path of existing weights, or leave it empty")
+
+
+def load_initial_weights(model: SSLMetaArch, cfg: Config) -> None:
+    """Load `MODEL.WEIGHTS` (a checkpoint folder of ours) or `student.pretrained_weights` (a backbone) where given.
+
+    Raises:
+        ValueError: if the weights do not match the model exactly; lists the differences.
+        CheckpointError: if the checkpoint is damaged.
+    """
+    if cfg.MODEL.WEIGHTS:
+        load_exact(model, read_checkpoint(Path(cfg.MODEL.WEIGHTS).expanduser()).tensors["model"])
+    elif cfg.student.pretrained_weights:
+        state = read_state_dict(Path(cfg.student.pretrained_weights).expanduser())
+        chunked = rechunk_blocks(state, cfg.student.block_chunks, ARCHS[cfg.student.arch].depth)
+        for network in (model.student, model.teacher):
+            load_exact(network["backbone"], chunked)
+
+
+def build_initial_backbone(cfg: Config) -> torch.nn.Module:
+    """Return the backbone as it was before the first step of this configuration; the random state is left alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(cfg.train.seed)
+        model = SSLMetaArch(cfg)
+    load_initial_weights(model, cfg)
+    return model.student["backbone"].eval()
 
 
 def build_schedules(cfg: Config, derived: Derived) -> schedules.Schedules:

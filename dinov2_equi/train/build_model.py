@@ -13,17 +13,12 @@ from dinov2_equi.equi.feature_split import FeatureSplit
 from dinov2_equi.layers.dino_head import DINOHead
 from dinov2_equi.models.registry import ARCHS, build_backbone
 from dinov2_equi.models.vision_transformer import DinoVisionTransformer
-from dinov2_equi.models.weights import load_exact, read_state_dict, rechunk_blocks
 
 
 def build_student_backbone(cfg: Config) -> DinoVisionTransformer:
-    """Return the student's backbone, with `student.pretrained_weights` loaded where given.
-
-    Raises:
-        ValueError: if the weights do not match the architecture exactly; lists the differences.
-    """
+    """Return the student's backbone with random weights."""
     student = cfg.student
-    backbone = build_backbone(
+    return build_backbone(
         student.arch,
         img_size=cfg.crops.global_crops_size,
         patch_size=student.patch_size,
@@ -39,10 +34,6 @@ def build_student_backbone(cfg: Config) -> DinoVisionTransformer:
         interpolate_antialias=student.interpolate_antialias,
         interpolate_offset=student.interpolate_offset,
     )
-    if student.pretrained_weights:
-        state = read_state_dict(student.pretrained_weights)
-        load_exact(backbone, rechunk_blocks(state, student.block_chunks, backbone.n_blocks))
-    return backbone
 
 
 def build_student(cfg: Config) -> nn.ModuleDict:

@@ -28,6 +28,8 @@ from dinov2_equi.train.step import train_step
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINTS = "checkpoints"
+
 StepHook = Callable[[SSLMetaArch, int, MetricWriter], None]
 """Called with the model, the number of finished steps, and the writer: for pictures while training."""
 
@@ -40,8 +42,7 @@ def train(
     device: torch.device,
     output_dir: Path,
     on_picture: StepHook | None = None,
-    eval_only: bool = False,
-) -> SSLMetaArch:
+) -> TrainState:
     """Train to `derived.total_steps`, going on from the newest sound checkpoint in `output_dir`.
 
     Args:
@@ -51,27 +52,65 @@ def train(
         device: where to compute.
         output_dir: run folder; gets checkpoints, metrics, and the exported teacher.
         on_picture: called every `logging.pictures_every_steps` steps.
-        eval_only: do not train; return the model of the newest checkpoint.
 
     Returns:
-        The trained model, in evaluation mode.
+        The finished run, its model in evaluation mode.
 
     Raises:
         ResumeError: if the folder holds another run.
         NonFiniteLossError: see `train_step`.
     """
-    torch.manual_seed(cfg.train.seed)
-    state = build.build_state(cfg, derived, device)
-    store = CheckpointStore(output_dir / "checkpoints", keep=cfg.train.checkpoint_keep)
-    _resume(state, store, cfg)
-    if eval_only:
-        if state.step == 0:
-            raise ResumeError(f"--eval-only needs a checkpoint, and {store.directory} holds none; train first")
-        return state.model.eval()
+    store = CheckpointStore(output_dir / CHECKPOINTS, keep=cfg.train.checkpoint_keep)
+    state = _start_or_resume(cfg, derived, store, device)
     (output_dir / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
     if state.step >= derived.total_steps:
         logger.info("the run is complete: %d of %d steps", state.step, derived.total_steps)
-        return state.model.eval()
+    else:
+        _run_steps(state, cfg, derived, store, dataset=dataset, output_dir=output_dir, on_picture=on_picture)
+    export_teacher(state.model, output_dir)  # also after a stop between the last checkpoint and this line
+    state.model.eval()
+    return state
+
+
+def load_finished(cfg: Config, derived: Derived, *, device: torch.device, output_dir: Path) -> TrainState:
+    """Return the run of the newest sound checkpoint, its model in evaluation mode, without training.
+
+    Raises:
+        ResumeError: if there is no checkpoint, or it is of another run.
+    """
+    store = CheckpointStore(output_dir / CHECKPOINTS, read_only=True)
+    if store.latest_step() is None:
+        raise ResumeError(f"there is no checkpoint in {store.directory}; train first, or name the run's folder")
+    state = _start_or_resume(cfg, derived, store, device)
+    state.model.eval()
+    return state
+
+
+def _start_or_resume(cfg: Config, derived: Derived, store: CheckpointStore, device: torch.device) -> TrainState:
+    torch.manual_seed(cfg.train.seed)
+    state = build.build_state(cfg, derived, device)
+    if store.latest_step() is None:
+        build.load_initial_weights(state.model, cfg)
+        return state
+    checkpoint = store.load()
+    check_same_run(checkpoint, cfg)
+    state.restore(checkpoint)
+    logger.info("resumed after step %d from %s", state.step, store.directory)
+    return state
+
+
+def _run_steps(
+    state: TrainState,
+    cfg: Config,
+    derived: Derived,
+    store: CheckpointStore,
+    *,
+    dataset: ImageDataset,
+    output_dir: Path,
+    on_picture: StepHook | None,
+) -> None:
+    """Run the steps that are left."""
+    device = next(state.model.parameters()).device
     loader = build.build_loader(cfg, derived, dataset, start_step=state.step, pin_memory=device.type == "cuda")
     schedules = build.build_schedules(cfg, derived)
     with (
@@ -86,23 +125,12 @@ def train(
             state.seconds += scalars["time/step"]
             scalars["time/total"] = state.seconds
             progress.update(state.step, scalars)
-            if _due(state.step, cfg.logging.metrics_every_steps, derived.total_steps):
+            if state.step == 1 or _due(state.step, cfg.logging.metrics_every_steps, derived.total_steps):
                 writer.write(state.step - 1, scalars)
             _periodic(state, cfg, derived, store, output_dir)
             if on_picture is not None and _due(state.step, cfg.logging.pictures_every_steps):
                 on_picture(state.model, state.step, writer)
                 state.model.train()
-    export_teacher(state.model, output_dir)
-    return state.model.eval()
-
-
-def _resume(state: TrainState, store: CheckpointStore, cfg: Config) -> None:
-    if store.latest_step() is None:
-        return
-    checkpoint = store.load()
-    check_same_run(checkpoint, cfg)
-    state.restore(checkpoint)
-    logger.info("resumed after step %d from %s", state.step, store.directory)
 
 
 def _periodic(state: TrainState, cfg: Config, derived: Derived, store: CheckpointStore, output_dir: Path) -> None:

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 IDENTITY_SECTIONS = ("student", "dino", "ibot", "equi", "crops", "data")
 IDENTITY_KEYS = ("train.dataset_path", "train.seed", "train.batch_size_per_gpu", "train.centering")
 """Settings that make a run the run it is: a resume under other values would be neither the old run nor a new one."""
+SCHEDULE_KEYS = ("optim.", "teacher.", "train.OFFICIAL_EPOCH_LENGTH", "compute_precision.autocast")
+"""Settings that may be changed on purpose, for instance for a longer run, but never unnoticed."""
 
 
 class ResumeError(ValueError):
@@ -81,7 +83,7 @@ def check_same_run(checkpoint: Checkpoint, cfg: Config) -> None:
             f"the output folder holds step {checkpoint.step} of a run with other settings ({listing}). "
             "Choose another output folder, or add --no-resume to set the old run aside and start anew"
         )
-    for key in (key for key in changed if key.startswith("optim.") or key.startswith("teacher.")):
+    for key in (key for key in changed if key.startswith(SCHEDULE_KEYS)):
         logger.warning("resuming with %s = %r; the run so far used %r", key, now[key], before.get(key))
 
 

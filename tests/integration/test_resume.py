@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import os
@@ -29,7 +28,6 @@ LEAN = ("logging.report=false", "logging.tensorboard=false", "evaluation.probe=f
 EVERY_10 = "train.checkpoint_every_steps=10"
 
 
-unfixed: Callable[..., pytest.MarkDecorator] = functools.partial(pytest.mark.xfail, strict=True)
 """Marks a known fault; `reason` says what is wrong."""
 
 
@@ -267,7 +265,6 @@ def test_a_finished_run_cannot_be_prolonged(
     assert "resuming with optim.epochs = 3; the run so far used 2" in capsys.readouterr().out
 
 
-@unfixed(reason="a complete run is not exported again")
 def test_a_stop_after_the_last_checkpoint_leaves_no_teacher(
     tmp_path: Path, whole_run: Path, lean_run: Run, fingerprint: Hash, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,7 +278,6 @@ def test_a_stop_after_the_last_checkpoint_leaves_no_teacher(
     assert_same_run(tmp_path, whole_run, fingerprint)
 
 
-@unfixed(reason="MODEL.WEIGHTS is read although there is a checkpoint to resume")
 def test_the_weights_to_start_from_are_needed_to_go_on(
     tmp_path: Path, whole_run: Path, lean_run: Run, stop_before: Callable[[int | None], None]
 ) -> None:
@@ -339,7 +335,6 @@ def test_no_resume_deletes_the_old_run(tmp_path: Path, whole_run: Path, lean_run
     assert_same_run(folder, whole_run, fingerprint)
 
 
-@unfixed(reason="everything in the folder is moved, be it of the run or not")
 def test_no_resume_moves_files_that_are_not_of_the_run(
     tmp_path: Path, whole_run: Path, lean_run: Run, stop_before: Callable[[int | None], None]
 ) -> None:
@@ -355,7 +350,6 @@ def test_no_resume_moves_files_that_are_not_of_the_run(
     assert not (folder / "checkpoints" / "step_00000020").exists()
 
 
-@unfixed(reason="the second one ends in a message of the operating system")
 def test_two_runs_set_aside_in_one_second_collide(
     tmp_path: Path,
     whole_run: Path,
@@ -389,7 +383,6 @@ def test_eval_only_does_not_rewrite_the_report(
     assert json.loads((folder / "results.json").read_text())["numbers"] == old, "the same weights measured again"
 
 
-@unfixed(reason="steps, loss and time are those of the last log line")
 def test_eval_only_reports_steps_that_the_checkpoint_has_not_seen(
     tmp_path: Path, lean_run: Run, stop_before: Callable[[int | None], None]
 ) -> None:
@@ -399,7 +392,6 @@ def test_eval_only_reports_steps_that_the_checkpoint_has_not_seen(
     assert json.loads((tmp_path / "results.json").read_text())["numbers"]["steps"] == 10
 
 
-@unfixed(reason="IndexError without a line, and a bare message of the operating system without the file")
 @pytest.mark.parametrize("metrics", ["none", "empty"])
 def test_eval_only_of_a_run_without_metrics_ends_in_a_traceback(
     tmp_path: Path, whole_run: Path, lean_run: Run, capsys: pytest.CaptureFixture[str], metrics: str
@@ -427,7 +419,6 @@ def test_eval_only_without_a_checkpoint_is_not_explained(
         assert word in error
 
 
-@unfixed(reason="the two flags contradict each other and are taken")
 def test_eval_only_with_no_resume_sets_aside_what_it_should_look_at(
     tmp_path: Path, whole_run: Path, lean_run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

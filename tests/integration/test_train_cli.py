@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import subprocess
@@ -22,8 +21,7 @@ from dinov2_equi.config.schema import Config
 from dinov2_equi.logging.metrics import read_metrics
 from dinov2_equi.models.registry import build_backbone
 from dinov2_equi.models.weights import load_exact, read_state_dict
-from dinov2_equi.run import finish
-from dinov2_equi.train import build
+from dinov2_equi.train import build, loop
 from dinov2_equi.train.export import export_teacher
 from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
 
@@ -31,7 +29,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "dinov2_equi" / "run" / "train.py"
 LAST_STEP = 19
 
-unfixed: Callable[..., pytest.MarkDecorator] = functools.partial(pytest.mark.xfail, strict=True)
 """Marks a known fault; `reason` says what is wrong."""
 
 LEFT_BEHIND = (
@@ -201,7 +198,6 @@ def test_rare_log_lines_lose_the_last_step(tmp_path: Path, lean_run: Callable[..
     assert read_metrics(tmp_path / "training_metrics.json")[-1]["iteration"] == LAST_STEP
 
 
-@unfixed(reason="the first line of training_metrics.json is not that of the first step")
 def test_the_loss_at_the_start_is_reported_from_the_end(tmp_path: Path, lean_run: Callable[..., int]) -> None:
     assert lean_run(tmp_path, "logging.metrics_every_steps=1000") == 0
     numbers = json.loads((tmp_path / "results.json").read_text())["numbers"]
@@ -247,9 +243,7 @@ def test_the_run_folder_of_the_configuration_is_not_used(tmp_path: Path, command
     [
         None,
         "student.pretrained_weights=teacher_backbone.safetensors",
-        pytest.param(
-            "MODEL.WEIGHTS=checkpoints/step_00000020", marks=unfixed(reason="the probe leaves MODEL.WEIGHTS out")
-        ),
+        "MODEL.WEIGHTS=checkpoints/step_00000020",
     ],
 )
 def test_the_untrained_network_of_the_report_is_not_where_the_run_started(
@@ -262,19 +256,19 @@ def test_the_untrained_network_of_the_report_is_not_where_the_run_started(
     weights: str | None,
 ) -> None:
     started_from: dict[str, torch.Tensor] = {}
-    build_state = build.build_state
+    start_or_resume = loop._start_or_resume
 
     def record(*arguments: Any) -> Any:
-        state = build_state(*arguments)
+        state = start_or_resume(*arguments)
         backbone = state.model.student["backbone"].state_dict()
         started_from.update({name: value.clone() for name, value in backbone.items()})
         return state
 
-    monkeypatch.setattr(build, "build_state", record)
+    monkeypatch.setattr(loop, "_start_or_resume", record)
     stop_before(0)
     overrides = [] if weights is None else [weights.replace("=", f"={finished_run}/")]
     assert lean_run(tmp_path, *overrides) != 0
-    untrained = finish._untrained_backbone(load(tmp_path / "config.yaml"), torch.device("cpu")).state_dict()
+    untrained = build.build_initial_backbone(load(tmp_path / "config.yaml")).state_dict()
     assert set(untrained) == set(started_from)
     for name, value in untrained.items():
         assert torch.equal(value, started_from[name]), name
@@ -297,18 +291,8 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("config", "overrides", "words"),
     [
-        pytest.param(
-            "vitl14_equi",
-            [],
-            ["data/imagenet22k", "train.dataset_path"],
-            marks=unfixed(reason="the message does not name the key to set"),
-        ),
-        pytest.param(
-            "debug_cpu",
-            ["data.holdout_path=no/such/folder"],
-            ["no/such/folder", "data.holdout_path"],
-            marks=unfixed(reason="the message does not name the key to set"),
-        ),
+        ("vitl14_equi", [], ["data/imagenet22k", "train.dataset_path"]),
+        ("debug_cpu", ["data.holdout_path=no/such/folder"], ["no/such/folder", "data.holdout_path"]),
         ("debug_cpu", ["train.dataset_path=ImageNet:split=TRAIN:root=no_such"], ["no_such/train", "root"]),
         ("debug_cpu", ["train.dataset_path=sample_foto"], ["sample_foto", "sample_photos"]),
         ("vitl14_eqi", [], ["vitl14_eqi.yaml", "vitl14_equi.yaml"]),
@@ -343,7 +327,6 @@ def assert_readable(message: str, *words: str) -> None:
         assert word in message
 
 
-@unfixed(reason="a bare message of the operating system")
 @pytest.mark.usefixtures("no_models")
 def test_a_file_in_place_of_the_run_folder_is_not_explained(
     tmp_path: Path, debug_run: Callable[..., int], capsys: pytest.CaptureFixture[str]
@@ -354,7 +337,6 @@ def test_a_file_in_place_of_the_run_folder_is_not_explained(
     assert (tmp_path / "run").read_text() == "precious"
 
 
-@unfixed(reason="the message does not name the key to set")
 @pytest.mark.usefixtures("no_models")
 def test_an_empty_image_folder_is_not_explained(
     tmp_path: Path, debug_run: Callable[..., int], capsys: pytest.CaptureFixture[str]
@@ -364,7 +346,6 @@ def test_an_empty_image_folder_is_not_explained(
     assert_readable(capsys.readouterr().err, str(tmp_path / "images"), "empty", ".jpg", "train.dataset_path")
 
 
-@unfixed(reason="weight files are looked for while the model is built, and the key is not named")
 @pytest.mark.usefixtures("no_models")
 @pytest.mark.parametrize("key", ["student.pretrained_weights", "MODEL.WEIGHTS"])
 def test_a_missing_weight_file_is_found_after_the_model_is_built(
@@ -386,9 +367,7 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "num_workers", [0, pytest.param(1, marks=unfixed(reason="the error of a loader process carries its traceback"))]
-)
+@pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_corrupt_image_ends_in_a_traceback(
     tmp_path: Path,
     images: Path,

@@ -32,7 +32,7 @@ class _Form:
 def make_dataset(spec: str) -> ImageDataset:
     """Return the data set that a string names.
 
-    `sample_photos[:split=TRAIN|VAL][:regions=N]`, `synthetic[:length=N][:size=HxW][:seed=N]`,
+    `sample_photos[:split=TRAIN|VAL|PROBE_TRAIN|PROBE_TEST][:regions=N]`, `synthetic[:length=N][:size=HxW][:seed=N]`,
     `ImageNet:split=TRAIN|VAL:root=FOLDER`, `folder:root=FOLDER`, or the path of a folder of images.
 
     Raises:
@@ -91,7 +91,9 @@ def _build_folder(values: Mapping[str, str]) -> ImageDataset:
 
 
 _FORMS = {
-    "sample_photos": _Form("sample_photos[:split=TRAIN|VAL][:regions=N]", ("split", "regions"), _build_sample_photos),
+    "sample_photos": _Form(
+        "sample_photos[:split=TRAIN|VAL|PROBE_TRAIN|PROBE_TEST][:regions=N]", ("split", "regions"), _build_sample_photos
+    ),
     "synthetic": _Form("synthetic[:length=N][:size=HxW][:seed=N]", ("length", "size", "seed"), _build_synthetic),
     "ImageNet": _Form("ImageNet:split=TRAIN|VAL:root=FOLDER", ("split", "root", "extra"), _build_image_net),
     "folder": _Form("folder:root=FOLDER", ("root",), _build_folder),

@@ -312,6 +312,15 @@ class CropsConfig:
     """`intended`: blur as often as its probability says. `dinov2_released`: the inverted probabilities with which
     DINOv2's released weights were trained."""
 
+    color_jitter_prob: float = 0.8
+    """Probability of jittering brightness, contrast, saturation and hue of a crop."""
+
+    gray_prob: float = 0.2
+    """Probability of taking the colour out of a crop."""
+
+    solarize_prob: float = 0.2
+    """Probability of solarising the second global crop."""
+
 
 @dataclass
 class DecoderConfig:

@@ -15,6 +15,7 @@ from dinov2_equi.data.datasets.base import DatasetError, ImageDataset
 from dinov2_equi.data.datasets.holdout import split_holdout
 from dinov2_equi.data.datasets.make import make_dataset
 from dinov2_equi.data.datasets.sample_photos import SamplePhotos
+from dinov2_equi.data.datasets.small_photos import SmallPhotos
 from dinov2_equi.data.loaders import make_train_loader
 from dinov2_equi.data.masking import MaskingGenerator
 from dinov2_equi.distributed.env import get_rank, get_world_size
@@ -63,11 +64,10 @@ def build_datasets(cfg: Config) -> tuple[ImageDataset, ImageDataset | None]:
 def build_probe_datasets(train: ImageDataset, holdout: ImageDataset) -> tuple[ImageDataset, ImageDataset]:
     """Return disjoint images to train and to test a probe on: the training and the held-back ones.
 
-    The sample photographs show too few scenes to generalise to others; their probe is tested on other parts of the
-    photographs it is trained on.
+    The sample photographs show too few scenes for a probe to generalise from; `small_photos` stands in for them.
     """
     if isinstance(train, SamplePhotos):
-        return SamplePhotos(split="PROBE_TRAIN"), SamplePhotos(split="PROBE_TEST")
+        return SmallPhotos(split="TRAIN"), SmallPhotos(split="TEST")
     return train, holdout
 
 
@@ -126,6 +126,9 @@ def _build_augmentation(cfg: Config) -> DataAugmentationDINO:
         crops.global_crops_size,
         crops.local_crops_size,
         blur=crops.blur,
+        jitter_prob=crops.color_jitter_prob,
+        gray_prob=crops.gray_prob,
+        solarize_prob=crops.solarize_prob,
     )
 
 

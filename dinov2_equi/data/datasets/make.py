@@ -13,6 +13,7 @@ from dinov2_equi.data.datasets.base import DatasetError, ImageDataset
 from dinov2_equi.data.datasets.folder import ImageFolder
 from dinov2_equi.data.datasets.image_net import ImageNet
 from dinov2_equi.data.datasets.sample_photos import DEFAULT_REGIONS, SamplePhotos
+from dinov2_equi.data.datasets.small_photos import SmallPhotos
 from dinov2_equi.data.datasets.synthetic import SyntheticImages
 
 # A colon counts only before `key=`, so that paths may hold colons.
@@ -32,7 +33,7 @@ class _Form:
 def make_dataset(spec: str) -> ImageDataset:
     """Return the data set that a string names.
 
-    `sample_photos[:split=TRAIN|VAL|PROBE_TRAIN|PROBE_TEST][:regions=N]`, `synthetic[:length=N][:size=HxW][:seed=N]`,
+    `sample_photos[:split=TRAIN|VAL][:regions=N]`, `small_photos[:split=TRAIN|TEST]`, `synthetic[:length=N][:size=HxW][:seed=N]`,
     `ImageNet:split=TRAIN|VAL:root=FOLDER`, `folder:root=FOLDER`, or the path of a folder of images.
 
     Raises:
@@ -70,6 +71,10 @@ def _build_sample_photos(values: Mapping[str, str]) -> ImageDataset:
     )
 
 
+def _build_small_photos(values: Mapping[str, str]) -> ImageDataset:
+    return SmallPhotos(split=values.get("split", "TRAIN"))
+
+
 def _build_synthetic(values: Mapping[str, str]) -> ImageDataset:
     size = values.get("size", "96x128")
     match = _SIZE.fullmatch(size)
@@ -91,9 +96,8 @@ def _build_folder(values: Mapping[str, str]) -> ImageDataset:
 
 
 _FORMS = {
-    "sample_photos": _Form(
-        "sample_photos[:split=TRAIN|VAL|PROBE_TRAIN|PROBE_TEST][:regions=N]", ("split", "regions"), _build_sample_photos
-    ),
+    "sample_photos": _Form("sample_photos[:split=TRAIN|VAL][:regions=N]", ("split", "regions"), _build_sample_photos),
+    "small_photos": _Form("small_photos[:split=TRAIN|TEST]", ("split",), _build_small_photos),
     "synthetic": _Form("synthetic[:length=N][:size=HxW][:seed=N]", ("length", "size", "seed"), _build_synthetic),
     "ImageNet": _Form("ImageNet:split=TRAIN|VAL:root=FOLDER", ("split", "root", "extra"), _build_image_net),
     "folder": _Form("folder:root=FOLDER", ("root",), _build_folder),

@@ -34,12 +34,6 @@ class _Photo:
     def name(self) -> str:
         return Path(self.path).stem
 
-    def part(self, start: float, end: float) -> _Photo:
-        """Return the photograph cut down to the columns from `start` to `end`, fractions of its useful part."""
-        top, left, bottom, right = self.box
-        width = right - left
-        return _Photo(self.package, self.path, (top, left + start * width, bottom, left + end * width))
-
 
 _SKIMAGE, _SKLEARN = "skimage", "sklearn"
 # The photographs held back (VAL) share no scene with the ones trained on.
@@ -59,10 +53,6 @@ _PHOTOS = {
         _Photo(_SKLEARN, "datasets/images/flower.jpg"),
     ),
 }
-# For probes: columns of all photographs that no region of the other part touches.
-_ALL_PHOTOS = _PHOTOS["TRAIN"] + _PHOTOS["VAL"]
-_PHOTOS["PROBE_TRAIN"] = tuple(photo.part(0.0, 0.6) for photo in _ALL_PHOTOS)
-_PHOTOS["PROBE_TEST"] = tuple(photo.part(0.6, 1.0) for photo in _ALL_PHOTOS)
 
 
 class SamplePhotos:
@@ -73,8 +63,7 @@ class SamplePhotos:
     a quarter ... of their size, so that a small crop never starts from more pixels than it needs.
 
     Args:
-        split: TRAIN; VAL, photographs that TRAIN does not hold; or PROBE_TRAIN and PROBE_TEST, the left 60 % and the
-            right 40 % of all photographs: so few scenes cannot be generalised from, but no pixel is in both.
+        split: TRAIN or VAL (photographs that TRAIN does not hold).
         regions: Number of images.
 
     Raises:

@@ -33,8 +33,9 @@ class _Form:
 def make_dataset(spec: str) -> ImageDataset:
     """Return the data set that a string names.
 
-    `sample_photos[:split=TRAIN|VAL][:regions=N]`, `small_photos[:split=TRAIN|TEST]`, `synthetic[:length=N][:size=HxW][:seed=N]`,
-    `ImageNet:split=TRAIN|VAL:root=FOLDER`, `folder:root=FOLDER`, or the path of a folder of images.
+    `sample_photos[:split=TRAIN|VAL][:regions=N]`, `small_photos[:split=TRAIN|TEST]`,
+    `synthetic[:length=N][:size=HxW][:seed=N]`, `ImageNet:split=TRAIN|VAL:root=FOLDER`, `folder:root=FOLDER`, or the
+    path of a folder of images.
 
     Raises:
         DatasetError: Unknown name or key, a value of the wrong kind, or the data set's own fault (folder missing,

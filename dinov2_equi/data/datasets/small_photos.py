@@ -1,4 +1,4 @@
-"""Two hundred small photographs that ship inside scikit-image: images to probe with, unlike those of `sample_photos`."""
+"""Two hundred small photographs that ship inside scikit-image: images to probe with, none of `sample_photos`."""
 
 from __future__ import annotations
 

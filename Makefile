@@ -9,8 +9,9 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 CONFIG := configs/quickstart.yaml
-OUTPUT := runs/$(basename $(notdir $(CONFIG)))
 DATA :=
+# A run belongs to its images: DATA=photos/cats goes to runs/quickstart_cats.
+OUTPUT := runs/$(basename $(notdir $(CONFIG)))$(if $(DATA),_$(notdir $(patsubst %/,%,$(DATA))))
 ARGS :=
 
 PY := $(VENV)/bin/python

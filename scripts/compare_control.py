@@ -28,7 +28,6 @@ COLUMNS = {
     "r2_rotation_untrained": "rotation R2, random weights",
     "r2_rotation_trained": "rotation R2, trained",
     "knn_20": "k-NN, k = 20",
-    "loss_end": "final loss",
     "seconds": "training seconds",
 }
 
@@ -53,7 +52,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--knn-val", metavar="DATA", help="labelled images that are classified")
     parser.add_argument("--knn-size", type=int, default=64, help="image side for k-NN, pixels (default: 64)")
     parser.add_argument("opts", nargs="*", metavar="key=value", help="overrides for every run")
-    return parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args()
+    if bool(args.knn_train) != bool(args.knn_val):
+        parser.error("--knn-train and --knn-val belong together")
+    return args
 
 
 def run_job(job: Job, args: argparse.Namespace) -> dict[str, float]:
@@ -63,12 +65,27 @@ def run_job(job: Job, args: argparse.Namespace) -> dict[str, float]:
         RuntimeError: if a command fails; shows the end of its output.
     """
     overrides = [*args.opts, *VARIANTS[job.variant], f"train.seed={job.seed}"]
-    train = ["dinov2_equi/run/train.py", "--config-file", str(args.config), "--output-dir", str(job.folder), *overrides]
+    train = [
+        str(ROOT / "dinov2_equi/run/train.py"),
+        "--config-file",
+        str(args.config),
+        "--output-dir",
+        str(job.folder),
+        *overrides,
+    ]
     _call(train)
     numbers: dict[str, float] = json.loads((job.folder / "results.json").read_text())["numbers"]
     if args.knn_train:
         output = job.folder / "knn.json"
-        knn = ["eval/classification/knn.py", "--run", str(job.folder), "--train", args.knn_train, "--val", args.knn_val]
+        knn = [
+            str(ROOT / "eval/classification/knn.py"),
+            "--run",
+            str(job.folder),
+            "--train",
+            args.knn_train,
+            "--val",
+            args.knn_val,
+        ]
         _call([*knn, "--size", str(args.knn_size), "--output", str(output)])
         accuracies: Mapping[str, float] = json.loads(output.read_text())["numbers"]["top1"]
         numbers |= {f"knn_{k}": value for k, value in accuracies.items()}
@@ -78,7 +95,7 @@ def run_job(job: Job, args: argparse.Namespace) -> dict[str, float]:
 
 
 def _call(arguments: Sequence[str]) -> None:
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, cwd=ROOT)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)} ended with code {done.returncode}:\n{done.stderr[-2000:]}")
 
@@ -92,7 +109,7 @@ def summarise(rows: Sequence[tuple[Job, dict[str, float]]]) -> dict[str, dict[st
         for key in COLUMNS:
             values = [run[key] for run in runs if key in run]
             if values:
-                deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+                deviation = statistics.stdev(values) if len(values) > 1 else None
                 summary[variant][key] = {"mean": statistics.fmean(values), "std": deviation, "values": values}
     return summary
 
@@ -102,9 +119,14 @@ def markdown(summary: Mapping[str, Mapping[str, Mapping[str, object]]]) -> str:
     keys = [key for key in COLUMNS if any(key in measures for measures in summary.values())]
     lines = ["| | " + " | ".join(COLUMNS[key] for key in keys) + " |", "|---" * (len(keys) + 1) + "|"]
     for variant, measures in summary.items():
-        cells = [f"{measures[key]['mean']:.3f} +- {measures[key]['std']:.3f}" for key in keys]
+        cells = [_cell(measures[key]) for key in keys]
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(measure: Mapping[str, object]) -> str:
+    spread = "" if measure["std"] is None else f" +- {measure['std']:.3f}"
+    return f"{measure['mean']:.3f}{spread}"
 
 
 def main() -> None:

@@ -49,6 +49,10 @@ def main() -> None:
     dataset, _ = build.build_datasets(cfg)
     batch = next(iter(build.build_loader(cfg, derived, dataset, start_step=0, pin_memory=False)))
     weight = cfg.equi.loss_weight
+    if weight == 0:
+        raise SystemExit(
+            f"error: {run} is a run without reconstruction (equi.loss_weight=0): there is nothing to compare"
+        )
     state.model.forward_backward(batch, teacher_temp=cfg.teacher.teacher_temp)
     both = last_block_gradient(state.model)
     state.model.cfg.equi.loss_weight = 0.0  # the decoder stays: only the factor of its loss changes

@@ -370,7 +370,7 @@ class EquiConfig:
 
     max_translation_px: float = 10.0
     """Translations are uniform in [-max, max] along each axis, in pixels of a 224-pixel crop; scaled with the crop.
-    Source: paper, table 2."""
+    Source: paper, table 2, which names no unit."""
 
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
 

@@ -251,7 +251,7 @@ def _crop_problems(config: Config) -> Iterator[Problem]:
 
 def _schedule_problems(config: Config) -> Iterator[Problem]:
     epochs = config.optim.epochs
-    for key in ("optim.warmup_epochs", "optim.freeze_last_layer_epochs", "teacher.warmup_teacher_temp_epochs"):
+    for key in ("optim.warmup_epochs", "optim.freeze_last_layer_epochs"):
         value = value_at(config, key)
         if value > epochs:
             yield Problem(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -42,13 +42,14 @@ class Batch:
         return len(self.local_crops) // self.batch_size
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """Return the batch with every tensor on `device`.
+        """Return the batch with every tensor on `device`, but `positions`, which only seed random draws on the CPU.
 
         Args:
             device: Where to.
             non_blocking: Copy from pinned memory without waiting for the copy.
         """
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return replace(moved, positions=self.positions)
 
     def pin_memory(self) -> Batch:
         """Return the batch with every tensor in page-locked memory (the loader calls this; needs an accelerator)."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from dinov2_equi.equi import geometry
 
 PUBLISHED_CROP_SIZE = 224
-"""The crop size, in pixels, at which the paper states its translation range."""
+"""The paper gives its translation range without a unit; we read it as pixels of a crop of this size."""
 
 
 class TransformFamily(Protocol):

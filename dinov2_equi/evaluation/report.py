@@ -40,6 +40,9 @@ class ProbeComparison:
     after: ProbeResult
     """The probe on the trained network."""
 
+    images: str = ""
+    """What the probe was trained and tested on, in words."""
+
 
 @dataclass(frozen=True)
 class ReportData:

@@ -16,6 +16,7 @@ if __package__ in (None, ""):  # started as a file: Python put this folder on th
 
 import argparse
 import logging
+import os
 from collections.abc import Sequence
 
 import torch
@@ -28,8 +29,9 @@ from dinov2_equi.fsdp.manifest import CheckpointError
 from dinov2_equi.layers.backend import describe_backend
 from dinov2_equi.logging.setup import setup_logging
 from dinov2_equi.models.registry import ARCHS
-from dinov2_equi.run.finish import finish_run, picture_hook
+from dinov2_equi.run.finish import finish_run
 from dinov2_equi.run.folder import check_run_folder, holds_run, set_aside
+from dinov2_equi.run.pictures import picture_hook
 from dinov2_equi.train.build import build_datasets, check_weight_files, select_device
 from dinov2_equi.train.loop import load_finished, train
 from dinov2_equi.train.step import NonFiniteLossError
@@ -91,6 +93,7 @@ def _run(args: argparse.Namespace) -> None:
         arch_heads={name: arch.num_heads for name, arch in ARCHS.items()},
         families=tuple(FAMILIES),
     )
+    _check_one_process()
     derived = derive(cfg, world_size=get_world_size())
     device = select_device(cfg)
     output_dir = Path(args.output_dir or cfg.train.output_dir).expanduser().resolve()
@@ -111,6 +114,20 @@ def _run(args: argparse.Namespace) -> None:
         on_picture = picture_hook(cfg, holdout, device)
         state = train(cfg, derived, dataset=dataset, device=device, output_dir=output_dir, on_picture=on_picture)
     finish_run(cfg, state, dataset=dataset, holdout=holdout, device=device, output_dir=output_dir)
+
+
+def _check_one_process() -> None:
+    """Refuse a launch of several processes: each would train the whole run into the same folder.
+
+    Raises:
+        ValueError: naming the variable of the launcher.
+    """
+    for variable in ("WORLD_SIZE", "SLURM_NTASKS"):
+        if int(os.environ.get(variable, "1")) > 1:
+            raise ValueError(
+                f"{variable}={os.environ[variable]}: this version trains in one process on one device. "
+                "Start one process, without torchrun or with --ntasks=1"
+            )
 
 
 def _log_start(derived: Derived, device: torch.device, output_dir: Path) -> None:

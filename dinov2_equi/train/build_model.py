@@ -67,6 +67,11 @@ def equi_dim(cfg: Config) -> int:
     return (cfg.equi.projection_dim or ARCHS[cfg.student.arch].embed_dim) // 4
 
 
+def family_settings(cfg: Config) -> FamilySettings:
+    """Return the ranges and the fill of the transforms."""
+    return FamilySettings(cfg.equi.max_rotation_deg, cfg.equi.max_translation_px, cfg.equi.fill)
+
+
 def build_branch(cfg: Config) -> EquivarianceBranch | None:
     """Return the equivariance branch, or None without a transform family; without loss weight it has no decoder.
 
@@ -76,7 +81,6 @@ def build_branch(cfg: Config) -> EquivarianceBranch | None:
     equi = cfg.equi
     if equi.family is None:
         return None
-    settings = FamilySettings(equi.max_rotation_deg, equi.max_translation_px, equi.fill)
     decoder = None
     if equi.loss_weight > 0:
         with torch.random.fork_rng(devices=[]):
@@ -89,4 +93,4 @@ def build_branch(cfg: Config) -> EquivarianceBranch | None:
                 num_heads=equi.decoder.num_heads,
                 mlp_ratio=equi.decoder.mlp_ratio,
             )
-    return EquivarianceBranch(build_family(equi.family, settings), equi.num_steps, decoder)
+    return EquivarianceBranch(build_family(equi.family, family_settings(cfg)), equi.num_steps, decoder)

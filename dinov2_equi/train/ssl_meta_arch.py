@@ -18,6 +18,7 @@ from dinov2_equi.loss.ibot_patch_loss import iBOTPatchLoss
 from dinov2_equi.loss.koleo_loss import KoLeoLoss
 from dinov2_equi.train import build_model
 from dinov2_equi.train.outputs import StepOutput, StudentOutputs, TeacherTargets, Views
+from dinov2_equi.train.precision import autocast
 
 NUM_GLOBAL_CROPS = 2
 """DINO's cross-view loss and the branch are both defined on a pair of global crops."""
@@ -54,16 +55,17 @@ class SSLMetaArch(nn.Module):
         Returns:
             Losses and metrics, detached. Gradients are in `.grad`; centres and teacher are not touched yet.
         """
-        views = self._make_views(batch)
-        teacher = self._teacher_targets(views, batch, teacher_temp)
-        student = self._student_outputs(views, batch)
-        losses = self._ssl_losses(student, teacher, batch)
         metrics: dict[str, Tensor] = {}
-        if self.equi is not None and student.equi is not None and views.targets is not None:
-            output = self.equi(*student.equi, views.targets)
-            losses["equi_loss"] = output.loss
-            metrics = output.metrics
-        total = self._weighted_sum(losses)
+        with autocast(self.cfg, batch.global_crops.device):
+            views = self._make_views(batch)
+            teacher = self._teacher_targets(views, batch, teacher_temp)
+            student = self._student_outputs(views, batch)
+            losses = self._ssl_losses(student, teacher, batch)
+            if self.equi is not None and student.equi is not None and views.targets is not None:
+                output = self.equi(*student.equi, views.targets)
+                losses["equi_loss"] = output.loss
+                metrics = output.metrics
+            total = self._weighted_sum(losses)
         total.backward()
         detached = {name: loss.detach() for name, loss in losses.items()}
         return StepOutput(detached | {"total_loss": total.detach()}, metrics, teacher)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -38,8 +37,7 @@ def train_step(
         NonFiniteLossError: before anything but gradients changed; names step, rank and term.
     """
     state.optimizer.zero_grad(set_to_none=True)
-    with autocast(cfg, device):
-        output = state.model.forward_backward(batch.to(device), teacher_temp=values.teacher_temp)
+    output = state.model.forward_backward(batch.to(device, non_blocking=True), teacher_temp=values.teacher_temp)
     norms = _clip_gradients(state, cfg.optim.clip_grad)
     named = output.losses | output.metrics | norms
     scalars = dict(zip(named, torch.stack([v.float() for v in named.values()]).tolist(), strict=True))  # one transfer
@@ -49,14 +47,6 @@ def train_step(
     state.model.update_teacher(output, values.momentum)
     state.step += 1
     return scalars
-
-
-def autocast(cfg: Config, device: torch.device) -> AbstractContextManager[None]:
-    """Return the precision context of `compute_precision.autocast`: bf16 on CUDA by default, fp32 elsewhere."""
-    choice = cfg.compute_precision.autocast
-    if choice == "bf16" or (choice == "auto" and device.type == "cuda"):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
 
 
 def _clip_gradients(state: TrainState, max_norm: float) -> dict[str, torch.Tensor]:

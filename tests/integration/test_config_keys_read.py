@@ -220,6 +220,7 @@ def learned(cfg: Config) -> str:
     with torch.random.fork_rng():
         torch.manual_seed(cfg.train.seed)
         state = build.build_state(cfg, derived, device)
+        build.load_initial_weights(state.model, cfg)
         schedules = build.build_schedules(cfg, derived)
         state.model.train()
         for batch in build.build_loader(cfg, derived, dataset, start_step=0, pin_memory=False):

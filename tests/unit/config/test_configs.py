@@ -16,7 +16,15 @@ from dinov2_equi.equi.families import FAMILIES
 from dinov2_equi.models.registry import ARCHS
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-NAMES = ["debug_cpu", "quickstart", "vitl14_baseline", "vitl14_equi", "vitl16_short_equi", "vits16_equi_1gpu"]
+NAMES = [
+    "debug_cpu",
+    "photos_2cores",
+    "quickstart",
+    "vitl14_baseline",
+    "vitl14_equi",
+    "vitl16_short_equi",
+    "vits16_equi_1gpu",
+]
 
 
 def load(name: str) -> Config:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from dinov2_equi.config.schema import Config
 from dinov2_equi.data.batch import Batch
 from dinov2_equi.train import step as step_module
+from dinov2_equi.train.precision import autocast
 from dinov2_equi.train.schedules import StepValues
 from dinov2_equi.train.state import TrainState
-from dinov2_equi.train.step import NonFiniteLossError, autocast, train_step
+from dinov2_equi.train.step import NonFiniteLossError, train_step
 
 MakeConfig = Callable[..., Config]
 MakeState = Callable[[Config], TrainState]

@@ -74,17 +74,18 @@ def check_same_run(checkpoint: Checkpoint, cfg: Config) -> None:
     Raises:
         ResumeError: if a setting differs that would make it another run; names each with both values.
     """
-    before, now = checkpoint.state["config"], flat_config(cfg)
-    changed = [key for key in now if key not in before or before[key] != now[key]]
+    now = flat_config(cfg)
+    before = flat_config(Config()) | checkpoint.state["config"]  # a key younger than the checkpoint had its default
+    changed = [key for key in now if before[key] != now[key]]
     identity = [key for key in changed if key.split(".")[0] in IDENTITY_SECTIONS or key in IDENTITY_KEYS]
     if identity:
-        listing = "; ".join(f"{key}: was {before.get(key)!r}, now {now[key]!r}" for key in identity)
+        listing = "; ".join(f"{key}: was {before[key]!r}, now {now[key]!r}" for key in identity)
         raise ResumeError(
             f"the output folder holds step {checkpoint.step} of a run with other settings ({listing}). "
             "Choose another output folder, or add --no-resume to set the old run aside and start anew"
         )
     for key in (key for key in changed if key.startswith(SCHEDULE_KEYS)):
-        logger.warning("resuming with %s = %r; the run so far used %r", key, now[key], before.get(key))
+        logger.warning("resuming with %s = %r; the run so far used %r", key, now[key], before[key])
 
 
 def flat_config(cfg: Config) -> dict[str, Any]:

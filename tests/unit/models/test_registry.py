@@ -10,6 +10,7 @@ from dinov2_equi.models.registry import ARCHS, build_backbone
     ("name", "embed_dim", "depth", "num_heads"),
     [
         ("vit_test_tiny", 48, 3, 3),
+        ("vit_micro", 128, 6, 4),
         ("vit_tiny", 192, 12, 3),
         ("vit_small", 384, 12, 6),
         ("vit_base", 768, 12, 12),
@@ -25,7 +26,7 @@ def test_an_architecture_has_another_size(name: str, embed_dim: int, depth: int,
 
 
 def test_every_architecture_is_tested() -> None:
-    assert len(ARCHS) == 6
+    assert len(ARCHS) == 7
 
 
 def test_arguments_do_not_reach_the_model() -> None:

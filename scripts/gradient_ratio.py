@@ -17,11 +17,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch  # noqa: E402 (after the path guard)
 
 from dinov2_equi.config.derive import derive  # noqa: E402
-from dinov2_equi.config.load import load_config  # noqa: E402
-from dinov2_equi.equi.families import FAMILIES  # noqa: E402
-from dinov2_equi.models.registry import ARCHS  # noqa: E402
 from dinov2_equi.train import build  # noqa: E402
 from dinov2_equi.train.loop import load_finished  # noqa: E402
+from dinov2_equi.train.settings import load_run_config  # noqa: E402
 from dinov2_equi.train.ssl_meta_arch import SSLMetaArch  # noqa: E402
 
 
@@ -38,12 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, type=Path, help="run folder with reconstruction (equi.loss_weight > 0)")
     run = parser.parse_args().run
-    cfg = load_config(
-        run / "config.yaml",
-        arch_widths={name: arch.embed_dim for name, arch in ARCHS.items()},
-        arch_heads={name: arch.num_heads for name, arch in ARCHS.items()},
-        families=tuple(FAMILIES),
-    )
+    cfg = load_run_config(run / "config.yaml")
     derived = derive(cfg, world_size=1)
     state = load_finished(cfg, derived, device=torch.device("cpu"), output_dir=run)
     dataset, _ = build.build_datasets(cfg)

@@ -22,18 +22,16 @@ from collections.abc import Sequence
 import torch
 
 from dinov2_equi.config.derive import Derived, derive
-from dinov2_equi.config.load import load_config
 from dinov2_equi.distributed.env import get_rank, get_world_size
-from dinov2_equi.equi.families import FAMILIES
 from dinov2_equi.fsdp.manifest import CheckpointError
 from dinov2_equi.layers.backend import describe_backend
 from dinov2_equi.logging.setup import setup_logging
-from dinov2_equi.models.registry import ARCHS
 from dinov2_equi.run.finish import finish_run
 from dinov2_equi.run.folder import check_run_folder, holds_run, set_aside
 from dinov2_equi.run.pictures import picture_hook
 from dinov2_equi.train.build import build_datasets, check_weight_files, select_device
 from dinov2_equi.train.loop import load_finished, train
+from dinov2_equi.train.settings import load_run_config
 from dinov2_equi.train.step import NonFiniteLossError
 
 logger = logging.getLogger(__name__)
@@ -86,13 +84,7 @@ def _fail(reason: object, code: int) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    cfg = load_config(
-        Path(args.config_file) if args.config_file else None,
-        args.opts,
-        arch_widths={name: arch.embed_dim for name, arch in ARCHS.items()},
-        arch_heads={name: arch.num_heads for name, arch in ARCHS.items()},
-        families=tuple(FAMILIES),
-    )
+    cfg = load_run_config(Path(args.config_file) if args.config_file else None, args.opts)
     _check_one_process()
     derived = derive(cfg, world_size=get_world_size())
     device = select_device(cfg)

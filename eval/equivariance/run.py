@@ -19,17 +19,15 @@ if __package__ in (None, ""):  # started as a file: a clean clone needs the repo
 import torch
 from torch import nn
 
-from dinov2_equi.config.load import load_config
-from dinov2_equi.config.schema import Config
 from dinov2_equi.data.datasets.make import make_dataset
 from dinov2_equi.data.transforms import eval_images
-from dinov2_equi.equi.families import FAMILIES, build_family
+from dinov2_equi.equi.families import build_family
 from dinov2_equi.evaluation.model import load_backbone
 from dinov2_equi.evaluation.results import write_results
 from dinov2_equi.evaluation.transform_regression import transform_regression
-from dinov2_equi.models.registry import ARCHS
 from dinov2_equi.train.build import build_initial_backbone
 from dinov2_equi.train.build_model import family_settings
+from dinov2_equi.train.settings import load_run_config
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,23 +45,13 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_config(run: Path) -> Config:
-    """Return the configuration of a run."""
-    return load_config(
-        run / "config.yaml",
-        arch_widths={name: arch.embed_dim for name, arch in ARCHS.items()},
-        arch_heads={name: arch.num_heads for name, arch in ARCHS.items()},
-        families=tuple(FAMILIES),
-    )
-
-
 def main() -> None:
     """Measure every run and write its numbers into its folder."""
     args = parse_arguments()
     train_images = eval_images(make_dataset(args.train), args.size, args.train_images)
     test_images = eval_images(make_dataset(args.test), args.size, args.test_images)
     for run in args.run:
-        cfg = read_config(run)
+        cfg = load_run_config(run / "config.yaml")
         networks: dict[str, nn.Module] = {
             "trained": load_backbone(
                 run / "teacher_backbone.safetensors",

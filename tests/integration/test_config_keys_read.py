@@ -19,8 +19,7 @@ from dinov2_equi.config.load import WITHOUT_EFFECT, load_config
 from dinov2_equi.config.schema import Config
 from dinov2_equi.config.validate import CHOICES
 from dinov2_equi.fsdp.checkpoint import sha256_of_tensors
-from dinov2_equi.run import train as entry_point
-from dinov2_equi.train import build
+from dinov2_equi.train import build, settings
 from dinov2_equi.train.step import train_step
 
 Run = Callable[..., int]
@@ -70,7 +69,7 @@ def keys_read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     for section in vars(schema).values():
         if dataclasses.is_dataclass(section):
             monkeypatch.setattr(section, "__getattribute__", record, raising=False)
-    monkeypatch.setattr(entry_point, "load_config", load_and_enter)
+    monkeypatch.setattr(settings, "load_config", load_and_enter)
     return read
 
 

@@ -132,6 +132,32 @@ class IbotConfig(HeadConfig):
 
 
 @dataclass
+class VicregConfig:
+    """VICReg loss of the two global crops, in place of DINO's and iBOT's losses or beside them."""
+
+    loss_weight: float = 0.0
+    """Multiplier of the three terms together; 0: no VICReg, nothing is built."""
+
+    invariance_weight: float = 10.0
+    """Multiplier of the squared difference of the two embeddings. Source of the weights: SIE, which the paper follows."""
+
+    variance_weight: float = 10.0
+    """Multiplier of the hinge on the standard deviation of each channel."""
+
+    covariance_weight: float = 1.0
+    """Multiplier of the squared covariances of different channels."""
+
+    features: str = "patch_mean"
+    """What is compared: `patch_mean`, the mean of the patch tokens, or `cls`, the class token; the invariant part."""
+
+    expander_dim: int = 2048
+    """Hidden and output width of the expander, a perceptron with batch norm."""
+
+    expander_nlayers: int = 3
+    """Number of layers of the expander."""
+
+
+@dataclass
 class TrainConfig:
     """Data, batch, checkpoints and device of a run."""
 
@@ -444,6 +470,7 @@ class Config:
     compute_precision: ComputePrecisionConfig = field(default_factory=ComputePrecisionConfig)
     dino: DinoConfig = field(default_factory=DinoConfig)
     ibot: IbotConfig = field(default_factory=IbotConfig)
+    vicreg: VicregConfig = field(default_factory=VicregConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)

@@ -69,6 +69,9 @@ RULES: Mapping[str, Rule] = {
     **{f"{section}.{name}": _COUNT for section in ("dino", "ibot") for name in _HEAD_RULES},
     "ibot.mask_sample_probability": _PROBABILITY,
     "ibot.mask_ratio_min_max": _interval(with_zero=True),
+    **{f"vicreg.{name}_weight": _NOT_NEGATIVE for name in ("loss", "invariance", "variance", "covariance")},
+    "vicreg.expander_dim": _COUNT,
+    "vicreg.expander_nlayers": _COUNT,
     "train.batch_size_per_gpu": _COUNT,
     "train.dataset_path": Rule("the name of a data set or a folder", lambda value: bool(value.strip())),
     "train.saveckp_freq": _NOT_NEGATIVE,
@@ -149,6 +152,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
         for module in _MODULES
         for dtype in ("param_dtype", "reduce_dtype", "buffer_dtype")
     },
+    "vicreg.features": ("patch_mean", "cls"),
     "train.centering": ("centering", "sinkhorn_knopp"),
     "train.device": ("auto", "cpu", "cuda"),
     "student.ffn_layer": ("mlp", "swiglu", "swiglufused", "identity"),
@@ -263,19 +267,23 @@ def _schedule_problems(config: Config) -> Iterator[Problem]:
 
 
 def _loss_problems(config: Config) -> Iterator[Problem]:
-    dino, ibot, equi = config.dino, config.ibot, config.equi
+    dino, ibot, vicreg, equi = config.dino, config.ibot, config.vicreg, config.equi
     if equi.loss_weight > 0 and equi.family is None:
         text = (
             f"equi.loss_weight {equi.loss_weight} needs a transform: set equi.family, for example to se2, or set "
             "equi.loss_weight to 0"
         )
         yield Problem("equi.loss_weight", text)
-    if max(dino.loss_weight, dino.koleo_loss_weight, ibot.loss_weight, equi.loss_weight) == 0:
+    weights = (dino.loss_weight, dino.koleo_loss_weight, ibot.loss_weight, vicreg.loss_weight, equi.loss_weight)
+    if max(weights) == 0:
         text = (
-            "dino.loss_weight, dino.koleo_loss_weight, ibot.loss_weight and equi.loss_weight are all 0, so there is "
-            "nothing to train; set at least one"
+            "dino.loss_weight, dino.koleo_loss_weight, ibot.loss_weight, vicreg.loss_weight and equi.loss_weight are "
+            "all 0, so there is nothing to train; set at least one"
         )
         yield Problem("dino.loss_weight", text)
+    if vicreg.loss_weight > 0 and config.train.batch_size_per_gpu == 1:
+        text = "train.batch_size_per_gpu must be at least 2 with VICReg, whose terms are statistics of the batch, got 1"
+        yield Problem("train.batch_size_per_gpu", text)
 
 
 def _branch_problems(config: Config, backbone_width: int) -> Iterator[Problem]:

@@ -25,6 +25,9 @@ _TERMS = (  # part of the key, title, one sentence for a newcomer
     ("dino", "DINO", "How well one crop predicts what the teacher sees in another one."),
     ("ibot", "iBOT, masked patches", "How well hidden patches are guessed from the visible ones."),
     ("koleo", "KoLeo, spread", "Pushes the images of a batch apart, so that features do not collapse to one point."),
+    ("vicreg_invariance", "VICReg, invariance", "How far apart the embeddings of the two large crops of an image lie."),
+    ("vicreg_variance", "VICReg, variance", "How much the channels fall short of telling images apart; 0 is the aim."),
+    ("vicreg_covariance", "VICReg, covariance", "How much channels repeat each other."),
     ("equi", "Reconstruction", "Error of the images rebuilt from the equivariant features alone: the new task."),
 )
 _RATES = (

@@ -11,6 +11,7 @@ from dinov2_equi.equi.decoder import TransformerDecoder, default_width
 from dinov2_equi.equi.families import FamilySettings, build_family
 from dinov2_equi.equi.feature_split import FeatureSplit
 from dinov2_equi.layers.dino_head import DINOHead
+from dinov2_equi.layers.expander import Expander
 from dinov2_equi.models.registry import ARCHS, build_backbone
 from dinov2_equi.models.vision_transformer import DinoVisionTransformer
 
@@ -58,6 +59,17 @@ def _build_head(head: HeadConfig, in_dim: int) -> DINOHead:
         hidden_dim=head.head_hidden_dim,
         bottleneck_dim=head.head_bottleneck_dim,
     )
+
+
+def build_expander(cfg: Config) -> Expander | None:
+    """Return VICReg's head, or None without that loss; its weights leave those of the other networks as they are."""
+    if cfg.vicreg.loss_weight == 0:
+        return None
+    in_dim = ARCHS[cfg.student.arch].embed_dim
+    if cfg.equi.family is not None:
+        in_dim = (cfg.equi.projection_dim or in_dim) - equi_dim(cfg)
+    with torch.random.fork_rng(devices=[]):
+        return Expander(in_dim, cfg.vicreg.expander_dim, cfg.vicreg.expander_nlayers)
 
 
 def equi_dim(cfg: Config) -> int:

@@ -51,16 +51,18 @@ class StudentOutputs:
 
     Attributes:
         cls_global: [G*B, D_inv] class tokens of the global crops before the head, for KoLeo.
-        dino_global: [G*B, K] logits.
+        dino_global: [G*B, K] logits, or None where neither DINO nor iBOT is on.
         dino_local: [L*B, K] logits; L may be 0.
         ibot_masked: [M, K] logits of the masked patches, or None without iBOT.
+        vicreg: embeddings of view 1 and view 2, [B, E] each, or None without VICReg.
         equi: equivariant tokens of view 1 and view 2, or None where nothing is reconstructed.
     """
 
     cls_global: Tensor
-    dino_global: Tensor
-    dino_local: Tensor
+    dino_global: Tensor | None
+    dino_local: Tensor | None
     ibot_masked: Tensor | None
+    vicreg: tuple[Tensor, Tensor] | None
     equi: tuple[EquiTokens, EquiTokens] | None
 
 
@@ -71,9 +73,10 @@ class StepOutput:
     Attributes:
         losses: detached scalars by name, `total_loss` included: exactly what was optimised.
         metrics: detached scalars of the branch.
-        teacher: the targets, whose means move the centres once the step is known to be sound.
+        teacher: the targets, whose means move the centres once the step is known to be sound; None where no loss has
+            a teacher.
     """
 
     losses: dict[str, Tensor]
     metrics: dict[str, Tensor]
-    teacher: TeacherTargets
+    teacher: TeacherTargets | None

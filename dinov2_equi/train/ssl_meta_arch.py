@@ -16,6 +16,7 @@ from dinov2_equi.fsdp.ema import update_ema_
 from dinov2_equi.loss.dino_clstoken_loss import DINOLoss
 from dinov2_equi.loss.ibot_patch_loss import iBOTPatchLoss
 from dinov2_equi.loss.koleo_loss import KoLeoLoss
+from dinov2_equi.loss.vicreg_loss import VICRegLoss
 from dinov2_equi.train import build_model
 from dinov2_equi.train.outputs import StepOutput, StudentOutputs, TeacherTargets, Views
 from dinov2_equi.train.precision import autocast
@@ -25,10 +26,11 @@ NUM_GLOBAL_CROPS = 2
 
 
 class SSLMetaArch(nn.Module):
-    """Student and teacher with DINO, iBOT and KoLeo losses, and the equivariance branch where configured.
+    """Student and teacher with DINO, iBOT, KoLeo and VICReg losses, and the equivariance branch where configured.
 
     `student` and `teacher` are module dictionaries with DINOv2's keys (`backbone`, `dino_head`, and `ibot_head` where
-    it is separate), plus `feature_split` when a transform family is set. The decoder belongs to the branch alone.
+    it is separate), plus `feature_split` when a transform family is set. The decoder belongs to the branch alone, and
+    VICReg's expander has no teacher either.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -38,10 +40,13 @@ class SSLMetaArch(nn.Module):
         self.student = build_model.build_student(cfg)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.equi: EquivarianceBranch | None = build_model.build_branch(cfg)
+        self.expander = build_model.build_expander(cfg)
+        self.has_prototypes = max(cfg.dino.loss_weight, cfg.ibot.loss_weight) > 0
         ibot_head = cfg.ibot if cfg.ibot.separate_head else cfg.dino
         self.dino_loss = DINOLoss(cfg.dino.head_n_prototypes)
         self.ibot_patch_loss = iBOTPatchLoss(ibot_head.head_n_prototypes)
         self.koleo_loss = KoLeoLoss()
+        self.vicreg_loss = VICRegLoss()
 
     # ------------------------------------------------------------------------------------------------ one step
 
@@ -58,7 +63,7 @@ class SSLMetaArch(nn.Module):
         metrics: dict[str, Tensor] = {}
         with autocast(self.cfg, batch.global_crops.device):
             views = self._make_views(batch)
-            teacher = self._teacher_targets(views, batch, teacher_temp)
+            teacher = self._teacher_targets(views, batch, teacher_temp) if self.has_prototypes else None
             student = self._student_outputs(views, batch)
             losses = self._ssl_losses(student, teacher, batch)
             if self.equi is not None and student.equi is not None and views.targets is not None:
@@ -77,7 +82,7 @@ class SSLMetaArch(nn.Module):
         Call it after the optimiser step, and only for a step whose losses and gradients were finite.
         """
         update_ema_(self.teacher, self.student, momentum)
-        if self.cfg.train.centering == "centering":
+        if output.teacher is not None and self.cfg.train.centering == "centering":
             self.dino_loss.update_center(output.teacher.dino_mean)
             if output.teacher.ibot_mean is not None:
                 self.ibot_patch_loss.update_center(output.teacher.ibot_mean)
@@ -144,19 +149,37 @@ class SSLMetaArch(nn.Module):
         features = self.student["backbone"](crops, masks=masks, is_training=True)
         patches = features[0]["x_norm_patchtokens"]  # [G*B, N, D]
         cls = [self._invariant(self.student, f["x_norm_clstoken"]) for f in features]  # [G*B, D_inv], [L*B, D_inv]
-        masked = self._masked_patches(self.student, patches, batch)  # [M, D_inv]
-        cls_logits, patch_logits = self._apply_heads(self.student, torch.cat(cls), masked)
-        num_global = len(views.global_crops)
+        dino_global = dino_local = patch_logits = None
+        if self.has_prototypes:
+            masked = self._masked_patches(self.student, patches, batch)  # [M, D_inv]
+            cls_logits, patch_logits = self._apply_heads(self.student, torch.cat(cls), masked)
+            dino_global, dino_local = cls_logits.tensor_split([len(views.global_crops)])
         return StudentOutputs(
             cls_global=cls[0],
-            dino_global=cls_logits[:num_global],
-            dino_local=cls_logits[num_global:],
+            dino_global=dino_global,
+            dino_local=dino_local,
             ibot_masked=patch_logits,
+            vicreg=self._embeddings(patches, cls[0]),
             equi=self._equivariant_tokens(patches, features[0]["x_norm_clstoken"]),
         )
 
-    def _ssl_losses(self, student: StudentOutputs, teacher: TeacherTargets, batch: Batch) -> dict[str, Tensor]:
+    def _ssl_losses(
+        self, student: StudentOutputs, teacher: TeacherTargets | None, batch: Batch
+    ) -> dict[str, Tensor]:
         """Return the terms as DINOv2 logs them; `_weighted_sum` knows their factors."""
+        losses = {} if teacher is None else self._prototype_losses(student, teacher, batch)
+        if self.cfg.dino.koleo_loss_weight > 0:
+            koleo = sum(self.koleo_loss(cls) for cls in student.cls_global.chunk(NUM_GLOBAL_CROPS))
+            losses["koleo_loss"] = self.cfg.dino.koleo_loss_weight * koleo / NUM_GLOBAL_CROPS
+        if student.vicreg is not None:
+            terms = self.vicreg_loss(*student.vicreg)
+            losses |= {f"vicreg_{name}_loss": term for name, term in terms._asdict().items()}
+        return losses
+
+    def _prototype_losses(self, student: StudentOutputs, teacher: TeacherTargets, batch: Batch) -> dict[str, Tensor]:
+        """Return the cross-entropies between student and teacher: DINO's and iBOT's."""
+        assert student.dino_global is not None  # there is a teacher
+        assert student.dino_local is not None
         num_crops = batch.num_local_crops
         num_terms = NUM_GLOBAL_CROPS * num_crops + NUM_GLOBAL_CROPS  # pairs (local, teacher) and (global, other)
         losses = {}
@@ -165,16 +188,11 @@ class SSLMetaArch(nn.Module):
             losses["dino_local_crops_loss"] = local / num_terms
         both = self.dino_loss([student.dino_global], [teacher.dino.flatten(0, 1)])  # mean over G*B
         losses["dino_global_crops_loss"] = both * NUM_GLOBAL_CROPS / num_terms
-        if self.cfg.dino.koleo_loss_weight > 0:
-            koleo = sum(self.koleo_loss(cls) for cls in student.cls_global.chunk(NUM_GLOBAL_CROPS))
-            losses["koleo_loss"] = self.cfg.dino.koleo_loss_weight * koleo / NUM_GLOBAL_CROPS
         if student.ibot_masked is not None and teacher.ibot is not None:
-            losses["ibot_loss"] = (
-                self.ibot_patch_loss.forward_masked(
-                    student.ibot_masked, teacher.ibot, batch.mask_weights, len(batch.masks)
-                )
-                / NUM_GLOBAL_CROPS
+            ibot = self.ibot_patch_loss.forward_masked(
+                student.ibot_masked, teacher.ibot, batch.mask_weights, len(batch.masks)
             )
+            losses["ibot_loss"] = ibot / NUM_GLOBAL_CROPS
         return losses
 
     def _weighted_sum(self, losses: dict[str, Tensor]) -> Tensor:
@@ -182,11 +200,15 @@ class SSLMetaArch(nn.Module):
 
         DINOv2 logs KoLeo and iBOT as means over the two global crops but optimises their sums, hence the factor 2.
         """
+        vicreg = self.cfg.vicreg
         factors = {
             "dino_local_crops_loss": self.cfg.dino.loss_weight,
             "dino_global_crops_loss": self.cfg.dino.loss_weight,
             "koleo_loss": NUM_GLOBAL_CROPS,
             "ibot_loss": NUM_GLOBAL_CROPS * self.cfg.ibot.loss_weight,
+            "vicreg_invariance_loss": vicreg.loss_weight * vicreg.invariance_weight,
+            "vicreg_variance_loss": vicreg.loss_weight * vicreg.variance_weight,
+            "vicreg_covariance_loss": vicreg.loss_weight * vicreg.covariance_weight,
             "equi_loss": self.cfg.equi.loss_weight,
         }
         return torch.stack([factors[name] * loss.float() for name, loss in losses.items()]).sum()
@@ -217,6 +239,20 @@ class SSLMetaArch(nn.Module):
         cls_logits, patch_logits = network["dino_head"](torch.cat([cls, patches])).split([len(cls), len(patches)])
         return cls_logits, patch_logits
 
+    def _embeddings(self, patches: Tensor, cls: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return VICReg's embeddings [B, E] of both global views, or None without it.
+
+        `patches` [G*B, N, D] are whole tokens, `cls` [G*B, D_inv] is the invariant part already. Each view passes the
+        expander on its own: its batch norm must not see both at once.
+        """
+        if self.expander is None:
+            return None
+        is_cls = self.cfg.vicreg.features == "cls"
+        # The split is linear: the invariant part of the mean is the mean of the invariant parts.
+        features = cls if is_cls else self._invariant(self.student, patches.mean(dim=1))
+        view_1, view_2 = features.chunk(NUM_GLOBAL_CROPS)
+        return self.expander(view_1), self.expander(view_2)
+
     def _equivariant_tokens(self, patches: Tensor, cls: Tensor) -> tuple[EquiTokens, EquiTokens] | None:
         """Return the equivariant part of both global views, or None where nothing is reconstructed."""
         if self.equi is None or self.equi.decoder is None:
@@ -235,6 +271,8 @@ class SSLMetaArch(nn.Module):
         yield from self.student.items()
         if self.equi is not None and self.equi.decoder is not None:
             yield "equi_decoder", self.equi.decoder
+        if self.expander is not None:
+            yield "vicreg_expander", self.expander
 
     def train(self, mode: bool = True) -> SSLMetaArch:
         """Set the mode of the student and the branch; the teacher always stays in evaluation mode."""

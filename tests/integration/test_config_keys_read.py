@@ -78,7 +78,7 @@ SHORT = ("train.OFFICIAL_EPOCH_LENGTH=1", "logging.pictures_every_steps=1", "eva
 
 def test_a_key_is_not_read(tmp_path: Path, command: Run, keys_read: set[str]) -> None:
     # The run folder of the configuration counts where the command names none.
-    overrides = ["ibot.separate_head=true", f"train.output_dir={tmp_path}"]
+    overrides = ["ibot.separate_head=true", "vicreg.loss_weight=1", f"train.output_dir={tmp_path}"]
     assert command("--config-file", str(DEBUG_CONFIG), *SHORT, *overrides) == 0
     unread = [key for key in leaf_types() if key not in keys_read | ONE_WORD and not without_effect(key)]
     assert not unread
@@ -109,6 +109,13 @@ DECIDES_WHAT_IS_LEARNED: dict[str, tuple[str, ...]] = {
     "ibot.mask_sample_probability": ("1",),
     "ibot.mask_ratio_min_max": ("[0.5,0.6]",),
     "ibot.separate_head": ("false",),
+    "vicreg.loss_weight": ("0", "0.5"),
+    "vicreg.invariance_weight": ("1",),
+    "vicreg.variance_weight": ("1",),
+    "vicreg.covariance_weight": ("10",),
+    "vicreg.features": ("cls",),
+    "vicreg.expander_dim": ("16",),
+    "vicreg.expander_nlayers": ("2",),
     "train.batch_size_per_gpu": ("3",),
     "train.dataset_path": ("synthetic:length=32:size=96x128",),
     "train.seed": ("1",),
@@ -200,6 +207,8 @@ PLACE = {"train.output_dir", "train.device", "train.num_threads"}
 COMPARED = (
     "train.OFFICIAL_EPOCH_LENGTH=2",
     "ibot.separate_head=true",
+    "vicreg.loss_weight=1",
+    "vicreg.expander_dim=32",
     "equi.decoder.width=64",
     "equi.decoder.num_heads=2",
 )

@@ -17,7 +17,7 @@ from dinov2_equi.data.datasets.decode import read_rgb
 
 DEFAULT_REGIONS = 2000
 
-_REGION_SIDE_RANGE = (0.3, 1.0)  # of the photograph's shorter side
+_REGION_SIDE_RANGE = (0.2, 1.0)  # of the photograph's shorter side
 _REGION_STREAM = 0x5EED  # sets the regions' random numbers apart from every other use of small seeds
 _MIN_LEVEL_SIDE = 64  # pixels: smaller versions of a photograph are not kept
 
@@ -58,7 +58,7 @@ _PHOTOS = {
 class SamplePhotos:
     """Fixed, pseudo-random square regions of a handful of photographs; the class is the photograph.
 
-    Image i is a region of photograph `i % number of photographs`, its side 0.3 to 1.0 of the shorter side. It depends
+    Image i is a region of photograph `i % number of photographs`, its side 0.2 to 1.0 of the shorter side. It depends
     on i and the split alone. Photographs are decoded once a process, at first use, and kept with versions of half,
     a quarter ... of their size, so that a small crop never starts from more pixels than it needs.
 

@@ -37,6 +37,8 @@ OFF = ("equi.family=null", "equi.loss_weight=0")
 CONTROL = ("equi.family=se2", "equi.loss_weight=0")
 FULL = ("equi.family=se2", "equi.loss_weight=1")
 EQUI_ONLY = (*FULL, "dino.loss_weight=0", "dino.koleo_loss_weight=0", "ibot.loss_weight=0")
+VICREG = ("vicreg.loss_weight=1", "vicreg.expander_dim=32")
+VICREG_ONLY = (*VICREG, "dino.loss_weight=0", "dino.koleo_loss_weight=0", "ibot.loss_weight=0")
 NO_DROP = "student.drop_path_rate=0"
 
 each_setup = pytest.mark.parametrize("setup", [OFF, CONTROL, FULL], ids=["off", "control", "full"])
@@ -441,7 +443,7 @@ def test_logged_total_is_the_weighted_sum_and_the_loss_that_is_optimised(
         original(self, *args, **kwargs)
 
     monkeypatch.setattr(Tensor, "backward", recording)
-    cfg = make_config(*FULL, *WEIGHTS)
+    cfg = make_config(*FULL, *WEIGHTS, *VICREG, "vicreg.loss_weight=1.5", "vicreg.covariance_weight=3")
     logged = run_step(build(cfg), make_batch(cfg)).losses
     # KoLeo is logged with its weight, as in DINOv2; KoLeo and iBOT are logged as the mean of the two global crops.
     expected = (
@@ -449,6 +451,8 @@ def test_logged_total_is_the_weighted_sum_and_the_loss_that_is_optimised(
         + 2 * logged["koleo_loss"]
         + 2 * 1.3 * logged["ibot_loss"]
         + 2.5 * logged["equi_loss"]
+        + 1.5 * (10 * (logged["vicreg_invariance_loss"] + logged["vicreg_variance_loss"]))
+        + 1.5 * 3 * logged["vicreg_covariance_loss"]
     )
     assert len(optimised) == 1
     assert torch.equal(logged["total_loss"], optimised[0])
@@ -461,6 +465,7 @@ ONE_TERM = {
     "DINO": ("dino.koleo_loss_weight=0", "ibot.loss_weight=0", "equi.loss_weight=0"),
     "KoLeo": ("dino.koleo_loss_weight=1", "dino.loss_weight=0", "ibot.loss_weight=0", "equi.loss_weight=0"),
     "iBOT": ("dino.koleo_loss_weight=0", "dino.loss_weight=0", "equi.loss_weight=0"),
+    "VICReg": (*VICREG_ONLY, "equi.loss_weight=0"),
     "reconstruction": EQUI_ONLY,
 }
 
@@ -730,6 +735,66 @@ def test_step_without_reconstruction_is_finite(
 ) -> None:
     cfg = make_config(*setup, f"train.batch_size_per_gpu={batch_size}", f"train.centering={centering}")
     sound_step(cfg, make_state, make_batch(cfg), step_values)
+
+
+@pytest.mark.parametrize("setup", [OFF, CONTROL, FULL], ids=["off", "control", "full"])
+@pytest.mark.parametrize("overrides", [VICREG, VICREG_ONLY], ids=["beside DINO", "alone"])
+def test_step_with_vicreg_is_finite(
+    overrides: tuple[str, ...],
+    setup: tuple[str, ...],
+    make_config: MakeConfig,
+    make_state: MakeState,
+    make_batch: MakeBatch,
+    step_values: StepValues,
+) -> None:
+    cfg = make_config(*setup, *overrides, "train.batch_size_per_gpu=3")
+    logged = sound_step(cfg, make_state, make_batch(cfg), step_values)
+    assert logged["grad_norm/vicreg_expander"] > 0
+
+
+@pytest.mark.parametrize("features", ["patch_mean", "cls"])
+@pytest.mark.parametrize("projection", ["null", "40"])
+def test_vicreg_sees_the_invariant_channels_of_the_two_views(
+    features: str, projection: str, make_config: MakeConfig, make_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = make_config(*CONTROL, *VICREG, f"vicreg.features={features}", f"equi.projection_dim={projection}", NO_DROP)
+    model, batch = build(cfg), make_batch(cfg)
+    seen: list[Tensor] = []
+    assert model.expander is not None
+    model.expander.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    run_step(model, batch)
+    crops_1, crops_2 = batch.global_crops.chunk(2)
+    assert model.equi is not None
+    view_2 = model.equi.make_views(crops_2, batch.positions, cfg.train.seed).view_2
+    images = normalize(torch.cat([crops_1, view_2]), cfg.data.mean, cfg.data.std)
+    tokens = backbone_of(model.student)(images, masks=batch.masks, is_training=True)
+    wanted = tokens["x_norm_clstoken"] if features == "cls" else tokens["x_norm_patchtokens"].mean(dim=1)
+    split: Any = model.student["feature_split"]
+    assert len(seen) == 2
+    # another order of packing and of the sums
+    torch.testing.assert_close(torch.cat(seen), split.invariant(wanted), rtol=1e-4, atol=1e-5)
+
+
+def test_vicreg_alone_runs_the_teacher_or_the_heads(
+    make_config: MakeConfig, make_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = make_config(*FULL, *VICREG_ONLY)
+    model = build(cfg)
+    teacher = Recorder(backbone_of(model.teacher), monkeypatch)
+    output = run_step(model, make_batch(cfg))
+    assert not teacher.calls
+    assert output.teacher is None
+    assert not any(p.grad is not None for p in model.student["dino_head"].parameters())
+    terms = {"vicreg_invariance_loss", "vicreg_variance_loss", "vicreg_covariance_loss"}
+    assert set(output.losses) == terms | {"equi_loss", "total_loss"}
+
+
+def test_vicreg_beside_the_other_losses_changes_their_initial_weights(make_config: MakeConfig) -> None:
+    without, with_vicreg = (build(make_config(*FULL, *overrides)) for overrides in ((), VICREG))
+    expander = {f"expander.{name}" for name in with_vicreg.expander.state_dict()}  # type: ignore[union-attr]
+    weights, more = without.state_dict(), with_vicreg.state_dict()
+    assert set(more) - set(weights) == expander
+    assert all(torch.equal(weights[name], more[name]) for name in weights)
 
 
 def test_terms_that_are_switched_off_are_not_logged(make_config: MakeConfig, make_batch: MakeBatch) -> None:

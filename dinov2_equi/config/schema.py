@@ -139,7 +139,7 @@ class VicregConfig:
     """Multiplier of the three terms together; 0: no VICReg, nothing is built."""
 
     invariance_weight: float = 10.0
-    """Multiplier of the squared difference of the two embeddings. Source of the weights: SIE, which the paper follows."""
+    """Multiplier of the squared difference of the two embeddings. Source: SIE, which the paper follows."""
 
     variance_weight: float = 10.0
     """Multiplier of the hinge on the standard deviation of each channel."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from torch import Tensor, nn
+from torch import nn
 
 
 class Expander(nn.Sequential):
-    """Linear layers with batch norm and ReLU in between; the last is linear alone.
+    """Linear layers with batch norm and ReLU between them, [B, in_dim] to [B, dim], B >= 2; the last is linear alone.
 
     The batch norm keeps no running statistics: the head is used in training only.
     Source: "VICReg", Bardes et al. 2022, section 4.2.
@@ -35,8 +35,3 @@ class Expander(nn.Sequential):
             layers += [nn.BatchNorm1d(width_out, track_running_stats=False), nn.ReLU()]
         layers.append(nn.Linear(*last, bias=False))
         super().__init__(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map features [B, in_dim], B >= 2, to embeddings [B, dim]."""
-        embeddings: Tensor = super().forward(x)
-        return embeddings

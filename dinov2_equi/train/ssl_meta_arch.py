@@ -163,9 +163,7 @@ class SSLMetaArch(nn.Module):
             equi=self._equivariant_tokens(patches, features[0]["x_norm_clstoken"]),
         )
 
-    def _ssl_losses(
-        self, student: StudentOutputs, teacher: TeacherTargets | None, batch: Batch
-    ) -> dict[str, Tensor]:
+    def _ssl_losses(self, student: StudentOutputs, teacher: TeacherTargets | None, batch: Batch) -> dict[str, Tensor]:
         """Return the terms as DINOv2 logs them; `_weighted_sum` knows their factors."""
         losses = {} if teacher is None else self._prototype_losses(student, teacher, batch)
         if self.cfg.dino.koleo_loss_weight > 0:

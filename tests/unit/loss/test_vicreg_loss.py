@@ -69,7 +69,8 @@ def test_degenerate_embeddings_give_an_infinite_term_or_gradient(kind: str, dtyp
     z = z.to(dtype).requires_grad_()
     terms = VICRegLoss()(z, z.flip(1))
     assert all(term.dtype == torch.float32 and bool(term.isfinite()) for term in terms)
-    (gradient,) = torch.autograd.grad(10 * terms.invariance + 10 * terms.variance + terms.covariance, z)  # SIE's weights
+    loss = 10 * terms.invariance + 10 * terms.variance + terms.covariance  # the weights of SIE
+    (gradient,) = torch.autograd.grad(loss, z)
     assert bool(gradient.isfinite().all())
 
 

@@ -25,10 +25,8 @@ Hash = Callable[..., str]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LEAN = ("logging.report=false", "logging.tensorboard=false", "evaluation.probe=false")
+VICREG = ["vicreg.loss_weight=1", "vicreg.expander_dim=32"]
 EVERY_10 = "train.checkpoint_every_steps=10"
-
-
-"""Marks a known fault; `reason` says what is wrong."""
 
 
 def lines(output_dir: Path) -> list[dict[str, float]]:
@@ -129,8 +127,10 @@ def test_the_time_of_a_resumed_run_starts_again(
     [
         ["equi.family=null", "equi.loss_weight=0", "train.centering=sinkhorn_knopp", "ibot.separate_head=true"],
         ["compute_precision.autocast=bf16", "equi.projection_dim=64", "equi.use_cls=true", "student.block_chunks=2"],
+        [*VICREG, "dino.loss_weight=0", "dino.koleo_loss_weight=0", "ibot.loss_weight=0"],
+        VICREG,
     ],
-    ids=["branch off", "much on"],
+    ids=["branch off", "much on", "VICReg alone", "VICReg too"],
 )
 def test_a_stopped_run_of_another_kind_ends_elsewhere(
     tmp_path: Path,

@@ -17,7 +17,7 @@ from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
 
 logger = logging.getLogger(__name__)
 
-IDENTITY_SECTIONS = ("student", "dino", "ibot", "equi", "crops", "data")
+IDENTITY_SECTIONS = ("student", "dino", "ibot", "vicreg", "equi", "crops", "data")
 IDENTITY_KEYS = ("train.dataset_path", "train.seed", "train.batch_size_per_gpu", "train.centering")
 """Settings that make a run the run it is: a resume under other values would be neither the old run nor a new one."""
 SCHEDULE_KEYS = ("optim.", "teacher.", "train.OFFICIAL_EPOCH_LENGTH", "compute_precision.autocast")

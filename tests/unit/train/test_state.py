@@ -191,6 +191,7 @@ def test_same_settings_pass_without_a_word(make_config: MakeConfig, caplog: pyte
         ("dino.head_n_prototypes", "64", "32"),
         ("dino.koleo_loss_weight", "0.1", "0.0"),
         ("ibot.separate_head", "False", "True"),
+        ("vicreg.covariance_weight", "1.0", "2.0"),
         ("ibot.mask_ratio_min_max", "[0.1, 0.5]", "[0.2, 0.5]"),
         ("equi.family", "se2", "rotation"),
         ("equi.loss_weight", "1.0", "2.0"),

@@ -32,7 +32,7 @@ def test_regions_are_square_in_colour_and_of_the_promised_sides(photos: SamplePh
         short_side = min(photo.shape[1:])
         assert image.mode == "RGB"
         assert image.size[0] == image.size[1]
-        assert round(0.3 * short_side) <= image.size[0] <= short_side
+        assert round(0.2 * short_side) <= image.size[0] <= short_side
 
 
 def test_regions_are_fixed_and_differ(photos: SamplePhotos) -> None:

@@ -11,18 +11,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
+"""Weights of red, green and blue in the luma, as torchvision rounds those of ITU-R BT.601."""
 
-def adjust_hue(image: Tensor, hue_shift: float) -> Tensor:
-    """Return an image with its hue turned.
+
+def adjust_hue(image: Tensor, hue_shift: float | Tensor) -> Tensor:
+    """Return images with their hue turned.
 
     In HSV with value V, chroma C = V - min(R, G, B) and hue h in sixths of a turn, channel n is
     V - C * clamp(min(k, 4 - k), 0, 1), where k = (n + h) mod 6 and n = 5, 3, 1 for red, green, blue.
 
     Args:
-        image: float32 [3, H, W] in [0, 1].
-        hue_shift: In turns, [-0.5, 0.5].
+        image: float32 [..., 3, H, W] in [0, 1].
+        hue_shift: In turns, [-0.5, 0.5]; a number, or a tensor that broadcasts with [..., H, W].
     """
-    red, green, blue = image.unbind(0)
+    red, green, blue = image.unbind(-3)
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
     inverse = chroma.clamp_min(1e-12).reciprocal_()  # grey pixels: the differences below are 0 too
@@ -32,10 +35,10 @@ def adjust_hue(image: Tensor, hue_shift: float) -> Tensor:
         torch.where(value == green, (blue - red).mul_(inverse).add_(2), (red - green).mul_(inverse).add_(4)),
     )
     channel = torch.tensor([5.0, 3.0, 1.0], device=image.device).view(3, 1, 1)
-    sector = hue.add_(6 * hue_shift) + channel  # [3, H, W]
+    sector = hue.add_(6 * hue_shift).unsqueeze(-3) + channel  # [..., 3, H, W]
     sector -= 6 * (sector / 6).floor_()  # `remainder_` is slower
     weight = torch.minimum(sector, 4 - sector).clamp_(0, 1)
-    return value - weight.mul_(chroma)
+    return value.unsqueeze(-3) - weight.mul_(chroma.unsqueeze(-3))
 
 
 def gaussian_blur(image: Tensor, sigma: float, kernel_size: int = 9) -> Tensor:

@@ -2,33 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from dinov2_equi.equi.families import TransformFamily
-
-
-@dataclass(frozen=True)
-class TransformPath:
-    """S intermediate points of a path from the identity to theta, and its end.
-
-    Attributes:
-        theta: [B, P] drawn parameters, the end of the path.
-        intermediates: [S, B, P] parameters `k * theta / (S + 1)`, k = 1..S.
-
-    Source: Wang et al. (AAAI-26), Eq. 1.
-    """
-
-    theta: Tensor
-    intermediates: Tensor
-
-    @property
-    def points(self) -> Tensor:
-        """All parameters [S + 1, B, P], the end last."""
-        return torch.cat([self.intermediates, self.theta.unsqueeze(0)])
+from dinov2_equi.equi.families.base import TransformFamily
 
 
 def draw_theta(family: TransformFamily, positions: Tensor, seed: int) -> Tensor:
@@ -48,13 +26,20 @@ def draw_theta(family: TransformFamily, positions: Tensor, seed: int) -> Tensor:
     return torch.cat(draws)
 
 
-def make_path(family: TransformFamily, theta: Tensor, num_steps: int) -> TransformPath:
-    """Return the path to `theta` [B, P] with `num_steps` (S >= 1) intermediate points.
+def path_points(family: TransformFamily, theta: Tensor, num_steps: int) -> Tensor:
+    """Return the points `k * theta / (S + 1)`, k = 1..S + 1, of the path to `theta`: [S + 1, B, P], the end last.
+
+    Args:
+        family: knows what a part of its parameters is.
+        theta: [B, P] parameters of the whole transform.
+        num_steps: S, number of intermediate points.
 
     Raises:
-        ValueError: if `num_steps` is below 1.
+        ValueError: if `num_steps` is negative.
+
+    Source: Wang et al. (AAAI-26), Eq. 1.
     """
-    if num_steps < 1:
-        raise ValueError(f"the path needs at least one intermediate image, got num_steps={num_steps}")
-    fractions = [k / (num_steps + 1) for k in range(1, num_steps + 1)]
-    return TransformPath(theta, torch.stack([family.scale(theta, f) for f in fractions]))
+    if num_steps < 0:
+        raise ValueError(f"expected num_steps >= 0, got {num_steps}")
+    parts = [family.scale(theta, k / (num_steps + 1)) for k in range(1, num_steps + 1)]
+    return torch.stack([*parts, theta])

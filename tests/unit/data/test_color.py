@@ -54,6 +54,46 @@ def test_hue_equals_torchvision(shift: float) -> None:
     assert (adjust_hue(image, shift) - tvf.adjust_hue(image, shift)).abs().max() < ROUNDING
 
 
+def test_hue_of_a_batch_takes_one_shift_an_image() -> None:
+    images = torch.stack([random_image(), random_image().flip(-1), 0.3 * random_image()])
+    shifts = torch.tensor([-0.1, 0.0, 0.07])
+    turned = adjust_hue(images, shifts[:, None, None])
+    assert turned.shape == images.shape
+    for image, shift, result in zip(images, shifts, turned, strict=True):
+        assert (result - adjust_hue(image, shift.item())).abs().max() < ROUNDING
+
+
+def test_hue_takes_any_leading_axes_and_shifts_that_broadcast_with_them() -> None:
+    images = torch.rand(2, 4, 3, 5, 7, generator=torch.Generator().manual_seed(1))
+    shifts = torch.linspace(-0.5, 0.5, 8).view(2, 4, 1, 1)
+    turned = adjust_hue(images, shifts)
+    assert turned.shape == images.shape
+    for row in range(2):
+        for column in range(4):
+            alone = adjust_hue(images[row, column], shifts[row, column].item())
+            assert (turned[row, column] - alone).abs().max() < ROUNDING
+    by_number, by_tensor = adjust_hue(images, 0.2), adjust_hue(images, torch.tensor(0.2))
+    assert (by_number - by_tensor).abs().max() < ROUNDING
+
+
+def test_hue_takes_one_shift_a_pixel() -> None:
+    image = random_image(4, 6)
+    shifts = torch.linspace(-0.5, 0.5, 24).view(4, 6)
+    turned = adjust_hue(image, shifts)
+    for row in range(4):
+        for column in range(6):
+            place = (slice(None), slice(row, row + 1), slice(column, column + 1))
+            expected = adjust_hue(image[place], shifts[row, column].item())
+            assert (turned[place] - expected).abs().max() < ROUNDING
+
+
+def test_hue_of_a_batch_equals_torchvision() -> None:
+    images = torch.rand(3, 3, 40, 33, generator=torch.Generator().manual_seed(2))
+    for shift in (-0.1, 0.07):
+        turned = adjust_hue(images, torch.full((3, 1, 1), shift))
+        assert (turned - tvf.adjust_hue(images, shift)).abs().max() < ROUNDING
+
+
 def test_hue_leaves_grey_black_and_white_as_they_are() -> None:
     for grey in (0.0, 1 / 255, 0.5, 1.0):
         image = torch.full((3, 4, 5), grey)
@@ -71,9 +111,12 @@ def test_hue_stays_in_range_for_pure_and_nearly_grey_colours() -> None:
 def test_operations_leave_their_input_alone() -> None:
     image = random_image()
     before = image.clone()
+    shift = torch.full((1, 1), 0.1)
     adjust_hue(image, 0.1)
+    adjust_hue(image, shift)
     gaussian_blur(image, 1.0)
     assert torch.equal(image, before)
+    assert shift.item() == torch.tensor(0.1).item()
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])

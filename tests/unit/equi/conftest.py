@@ -1,14 +1,17 @@
-"""Images that are not square, and a warp written as plain loops."""
+"""Images that are not square, a warp written as plain loops, and an image known between its pixels."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+from dinov2_equi.equi import geometry
 
 SlowWarp = Callable[[Tensor, Tensor, str], Tensor]
 
@@ -61,3 +64,40 @@ def slow_warp() -> SlowWarp:
         return torch.from_numpy(result)
 
     return warp
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Sine waves sampled as an image: bilinear interpolation of them errs by a known amount."""
+
+    size: tuple[int, int] = (40, 56)
+    periods: tuple[float, float] = (16.0, 20.0)  # pixels, along x and y
+    amplitude: float = 0.25
+
+    @property
+    def warp_error(self) -> float:
+        """The most that one bilinear resampling may err: h^2 / 8 times the second derivatives, h = 1 pixel."""
+        return self.amplitude * sum((2 * math.pi / period) ** 2 for period in self.periods) / 8  # 0.0079
+
+    @property
+    def image(self) -> Tensor:
+        """The image [1, 3, H, W]; the channels are alike."""
+        return self.at(geometry.pixel_centres(self.size)).view(1, 1, *self.size).expand(1, 3, *self.size).float()
+
+    def at(self, points: Tensor) -> Tensor:
+        """The values [...] at points [..., 2], float64."""
+        x, y = points.double().unbind(-1)
+        period_x, period_y = self.periods
+        waves = torch.sin(2 * math.pi * x / period_x) + torch.cos(2 * math.pi * y / period_y)
+        return 0.5 + self.amplitude * waves
+
+    def disc(self, radius: float) -> Tensor:
+        """The mask [H, W] of the pixels that lie at most `radius` from the centre: no rotation takes them out."""
+        distances = torch.linalg.vector_norm(geometry.pixel_centres(self.size), dim=-1)  # [H * W]
+        return torch.less(distances, radius).view(self.size)
+
+
+@pytest.fixture(scope="session")
+def wave() -> Wave:
+    """Return the waves."""
+    return Wave()

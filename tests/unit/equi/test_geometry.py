@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_equi.equi import geometry
+
+if TYPE_CHECKING:
+    from tests.unit.equi.conftest import Wave
 
 Noise = Callable[..., Tensor]
 SlowWarp = Callable[[Tensor, Tensor, str], Tensor]
@@ -27,7 +32,7 @@ def translation(x: float, y: float) -> Tensor:
     return geometry.translation(torch.tensor([x, y]))
 
 
-def scaling(x: float, y: float) -> Tensor:
+def stretch(x: float, y: float) -> Tensor:
     return torch.diag(torch.tensor([x, y, 1.0]))
 
 
@@ -47,9 +52,9 @@ MAPS = {
     "translation": translation(1.3, -2.6),
     "translation by several images": translation(-33.7, 21.2),
     "rotation then translation": geometry.compose(translation(2.5, 0.75), rotation(-41.0)),
-    "anisotropic scaling": scaling(1.7, 0.6),
+    "anisotropic stretch": stretch(1.7, 0.6),
     "shear": torch.tensor([[1.0, 0.4, 0.0], [-0.1, 1.0, 0.0], [0.0, 0.0, 1.0]]),
-    "mirror": scaling(-1.0, 1.0),
+    "mirror": stretch(-1.0, 1.0),
     "perspective": torch.tensor([[1.0, 0.1, 0.5], [0.0, 1.1, -0.2], [0.02, 0.03, 1.0]]),
 }
 each_map = pytest.mark.parametrize("maps", MAPS.values(), ids=MAPS.keys())
@@ -92,6 +97,83 @@ def test_maps_keep_the_leading_axes_of_their_parameters() -> None:
     assert rotations.shape == translations.shape == (4, 2, 3, 3)
     assert torch.equal(rotations[3, 1], geometry.rotation(angles[3, 1]))
     assert torch.equal(translations[3, 1], geometry.translation(offsets[3, 1]))
+
+
+def test_scaling_multiplies_distances_from_the_centre() -> None:
+    assert moved(geometry.scaling(torch.tensor(1.5)), 4.0, -2.0) == [6.0, -3.0]
+    factors = torch.arange(1.0, 9.0).view(4, 2)
+    assert torch.equal(geometry.scaling(factors)[3, 1], stretch(8.0, 8.0))
+
+
+def test_scalings_multiply_and_their_reciprocal_undoes_them() -> None:
+    double, half = geometry.scaling(torch.tensor(2.0)), geometry.scaling(torch.tensor(0.5))
+    assert torch.equal(geometry.compose(double, double), geometry.scaling(torch.tensor(4.0)))
+    assert torch.equal(geometry.inverse(double), half)
+
+
+def test_a_magnified_spot_moves_away_from_the_centre_along_both_axes() -> None:
+    images = torch.zeros(1, 1, 9, 15)
+    images[0, 0, 4 - 1, 7 + 2] = 1.0  # centre is row 4, column 7
+    warped = warp_one(images, geometry.scaling(torch.tensor(2.0)), "zeros")[0, 0]
+    assert warped[4 - 2, 7 + 4].item() == pytest.approx(1.0, abs=ROUNDING)
+    assert warped.sum().item() == pytest.approx(4.0, abs=ROUNDING)  # twice as wide, twice as high
+
+
+def test_corners_run_clockwise_from_the_top_left_at_the_outer_edges() -> None:
+    assert geometry.corners((H, W)).tolist() == [[-5.0, -3.0], [5.0, -3.0], [5.0, 3.0], [-5.0, 3.0]]
+
+
+QUADS = {
+    "the image itself": [[-5.0, -3.0], [5.0, -3.0], [5.0, 3.0], [-5.0, 3.0]],
+    "a trapezium": [[-4.0, -3.0], [4.0, -3.0], [5.0, 3.0], [-5.0, 3.0]],
+    "a parallelogram": [[-4.0, -3.0], [6.0, -2.0], [4.0, 4.0], [-6.0, 3.0]],
+    "any convex shape": [[-4.5, -3.5], [5.5, -2.0], [4.0, 3.5], [-6.0, 2.0]],
+    "upside down": [[5.0, 3.0], [-5.0, 3.0], [-5.0, -3.0], [5.0, -3.0]],
+}
+each_quad = pytest.mark.parametrize("quad", QUADS.values(), ids=QUADS.keys())
+
+
+def homography_by_linear_system(quad: list[list[float]], size: tuple[int, int]) -> np.ndarray:
+    """Return the map [3, 3] in float64, its eight unknowns from the eight equations of the four corners."""
+    rows, moved_to = [], []
+    for (x, y), (u, v) in zip(geometry.corners(size).tolist(), quad, strict=True):
+        rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
+        moved_to += [u, v]
+    return np.append(np.linalg.solve(np.array(rows), np.array(moved_to)), 1.0).reshape(3, 3)
+
+
+@each_quad
+def test_homography_takes_the_corners_to_the_four_points(quad: list[list[float]]) -> None:
+    maps = geometry.homography(torch.tensor(quad), (H, W))
+    landed = geometry.transform_points(maps, geometry.corners((H, W)))
+    torch.testing.assert_close(landed, torch.tensor(quad), rtol=0, atol=ROUNDING)
+
+
+@each_quad
+def test_homography_equals_the_solution_of_the_linear_system(quad: list[list[float]]) -> None:
+    maps = geometry.homography(torch.tensor(quad, dtype=torch.float64), (H, W)).numpy()
+    # A homography is known up to a factor; the rounding is that of float64.
+    assert np.allclose(maps / maps[2, 2], homography_by_linear_system(quad, (H, W)), rtol=0, atol=1e-12)
+
+
+def test_homography_of_the_corners_is_the_identity_matrix() -> None:
+    for size in ((H, W), (W, H), (224, 224), (37, 91)):
+        maps = geometry.homography(geometry.corners(size), size)
+        torch.testing.assert_close(maps, torch.eye(3), rtol=0, atol=1e-6)
+
+
+def test_homography_of_a_moved_image_is_the_planar_map_that_moved_it() -> None:
+    for maps in (MAPS["rotation"], MAPS["translation"], MAPS["anisotropic stretch"], MAPS["perspective"]):
+        quad = geometry.transform_points(maps, geometry.corners((H, W)))
+        found = geometry.homography(quad, (H, W))
+        torch.testing.assert_close(found / found[2, 2], maps, rtol=0, atol=ROUNDING)
+
+
+def test_homography_keeps_the_leading_axes_of_its_points() -> None:
+    quads = torch.tensor(list(QUADS.values())[:4]).unflatten(0, (2, 2))  # [2, 2, 4, 2]
+    maps = geometry.homography(quads, (H, W))
+    assert maps.shape == (2, 2, 3, 3)
+    assert torch.equal(maps[1, 0], geometry.homography(quads[1, 0], (H, W)))
 
 
 def test_compose_applies_its_second_argument_first() -> None:
@@ -252,57 +334,35 @@ def test_values_stay_between_darkest_and_brightest_pixel(fill: str, noise: Noise
 
 # ------------------------------------------------------------------------------------- inverse and composition of warps
 
-WAVE_H, WAVE_W = 40, 56
-PERIOD_X, PERIOD_Y = 16.0, 20.0
-AMPLITUDE = 0.25
-# Bilinear interpolation errs by at most h^2 / 8 times the second derivative in each direction; h = 1 pixel.
-BOUND_OF_ONE_WARP = AMPLITUDE * ((2 * math.pi / PERIOD_X) ** 2 + (2 * math.pi / PERIOD_Y) ** 2) / 8  # 0.0079
-
-
-def wave_at(points: Tensor) -> Tensor:
-    x, y = points.double().unbind(-1)
-    return 0.5 + AMPLITUDE * (torch.sin(2 * math.pi * x / PERIOD_X) + torch.cos(2 * math.pi * y / PERIOD_Y))
-
-
-def wave_image() -> Tensor:
-    return wave_at(geometry.pixel_centres((WAVE_H, WAVE_W))).view(1, 1, WAVE_H, WAVE_W).float()
-
-
-def interior(radius: float) -> Tensor:
-    """Return the mask [H, W] of the disc that no rotation takes out of the image."""
-    distances = torch.linalg.vector_norm(geometry.pixel_centres((WAVE_H, WAVE_W)), dim=-1)  # [H * W]
-    return torch.less(distances, radius).view(WAVE_H, WAVE_W)
-
-
 motions = pytest.mark.parametrize(("angle", "x", "y"), [(30.0, 0.0, 0.0), (-45.0, 2.5, -1.25), (8.0, -3.3, 2.9)])
 
 
 @motions
-def test_warped_wave_is_the_wave_at_the_source_points(angle: float, x: float, y: float) -> None:
+def test_warped_wave_is_the_wave_at_the_source_points(angle: float, x: float, y: float, wave: Wave) -> None:
     motion = geometry.compose(translation(x, y), rotation(angle))
-    centres = geometry.pixel_centres((WAVE_H, WAVE_W))
-    expected = wave_at(geometry.transform_points(geometry.inverse(motion), centres)).view(WAVE_H, WAVE_W)
-    error = (warp_one(wave_image(), motion)[0, 0] - expected).abs()[interior(14.0)]
-    assert error.max() < BOUND_OF_ONE_WARP + ROUNDING
+    centres = geometry.pixel_centres(wave.size)
+    expected = wave.at(geometry.transform_points(geometry.inverse(motion), centres)).view(wave.size)
+    error = (warp_one(wave.image, motion)[0, 0] - expected).abs()[wave.disc(14.0)]
+    assert error.max() < wave.warp_error + ROUNDING
 
 
 @motions
-def test_inverse_warp_returns_the_interior(angle: float, x: float, y: float) -> None:
-    image, motion = wave_image(), geometry.compose(translation(x, y), rotation(angle))
+def test_inverse_warp_returns_the_interior(angle: float, x: float, y: float, wave: Wave) -> None:
+    image, motion = wave.image, geometry.compose(translation(x, y), rotation(angle))
     there = warp_one(image, motion, "zeros")
     back = warp_one(there, geometry.inverse(motion), "zeros")
-    error = (back - image)[0, 0].abs()[interior(14.0)]
-    assert error.max() < 2 * BOUND_OF_ONE_WARP + ROUNDING
-    assert (there - image)[0, 0].abs()[interior(14.0)].max() > 0.2  # the way there did change the image
+    error = (back - image)[0, 0].abs()[wave.disc(14.0)]
+    assert error.max() < 2 * wave.warp_error + ROUNDING
+    assert (there - image)[0, 0].abs()[wave.disc(14.0)].max() > 0.2  # the way there did change the image
 
 
 @motions
-def test_warp_by_a_composed_map_equals_two_warps_in_the_interior(angle: float, x: float, y: float) -> None:
-    image, turn, shift = wave_image(), rotation(angle), translation(x, y)
-    at_once = warp_one(image, geometry.compose(shift, turn), "zeros")
-    in_turn = warp_one(warp_one(image, turn, "zeros"), shift, "zeros")
-    error = (at_once - in_turn)[0, 0].abs()[interior(14.0)]
-    assert error.max() < 3 * BOUND_OF_ONE_WARP + ROUNDING  # one resampling on the left, two on the right
+def test_warp_by_a_composed_map_equals_two_warps_in_the_interior(angle: float, x: float, y: float, wave: Wave) -> None:
+    turn, shift = rotation(angle), translation(x, y)
+    at_once = warp_one(wave.image, geometry.compose(shift, turn), "zeros")
+    in_turn = warp_one(warp_one(wave.image, turn, "zeros"), shift, "zeros")
+    error = (at_once - in_turn)[0, 0].abs()[wave.disc(14.0)]
+    assert error.max() < 3 * wave.warp_error + ROUNDING  # one resampling on the left, two on the right
 
 
 def test_whole_pixel_shift_and_back_is_exact_in_the_interior(noise: Noise) -> None:
@@ -327,6 +387,24 @@ def test_warp_of_many_maps_equals_one_call_a_map_bit_for_bit(fill: str, noise: N
     assert together.shape == (4, 3, 3, 13, 22)
     for s in range(4):
         assert torch.equal(together[s], geometry.warp(images, maps[s : s + 1], fill)[0])
+
+
+@each_fill
+def test_affine_maps_beside_a_perspective_one_change_no_bit(fill: str, noise: Noise) -> None:
+    images = noise(2, 3, 13, 22)  # a batch of affine maps alone is spared the division
+    affine = torch.stack([MAPS["rotation then translation"], MAPS["shear"]]).unsqueeze(0)  # [1, 2, 3, 3]
+    both = torch.cat([affine, MAPS["perspective"].expand(1, 2, 3, 3)])
+    assert torch.equal(geometry.warp(images, both, fill)[0], geometry.warp(images, affine, fill)[0])
+
+
+@each_fill
+@pytest.mark.parametrize("factor", [0.25, -3.0])
+def test_a_map_times_a_number_is_the_same_map(factor: float, fill: str, noise: Noise) -> None:
+    images = noise(1, 3, 13, 22)
+    for maps in (MAPS["rotation then translation"], MAPS["perspective"]):
+        expected = warp_one(images, maps, fill)
+        # The perspective's denominator magnifies the coordinate rounding about tenfold.
+        torch.testing.assert_close(warp_one(images, factor * maps, fill), expected, rtol=0, atol=1e-4)
 
 
 def test_warp_of_an_image_does_not_depend_on_its_neighbours_in_the_batch(noise: Noise) -> None:

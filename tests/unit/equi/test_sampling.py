@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinov2_equi.equi.families import FAMILIES, build_family
-from dinov2_equi.equi.sampling import draw_theta, make_path
+from dinov2_equi.equi.families.registry import FAMILIES, build_family
+from dinov2_equi.equi.sampling import draw_theta, path_points
 
 each_family = pytest.mark.parametrize("name", FAMILIES)
 
@@ -77,32 +77,51 @@ def test_largest_seed_and_position_are_accepted(seed: int, position: int) -> Non
     assert torch.isfinite(theta).all()
 
 
-# ------------------------------------------------------------------------------------------------------------ make_path
+# ---------------------------------------------------------------------------------------------------------- path_points
 
 
-def test_two_steps_lie_at_one_third_and_two_thirds() -> None:
+def test_two_steps_lie_at_one_third_and_two_thirds_and_theta_comes_last() -> None:
     theta = torch.tensor([[30.0, 9.0, -6.0], [-45.0, 0.0, 3.0]])
-    path = make_path(build_family("se2"), theta, num_steps=2)
+    points = path_points(build_family("se2"), theta, num_steps=2)
     expected = torch.tensor([[[10.0, 3.0, -2.0], [-15.0, 0.0, 1.0]], [[20.0, 6.0, -4.0], [-30.0, 0.0, 2.0]]])
-    torch.testing.assert_close(path.intermediates, expected, rtol=1e-6, atol=0)  # 1/3 is rounded once
-    assert torch.equal(path.theta, theta)
+    torch.testing.assert_close(points[:2], expected, rtol=1e-6, atol=0)  # 1/3 is rounded once
+    assert torch.equal(points[2], theta)
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 3, 7])
-def test_steps_are_equidistant_and_leave_out_both_ends(num_steps: int) -> None:
+@pytest.mark.parametrize("num_steps", [0, 1, 2, 3, 7])
+def test_points_are_equidistant_and_leave_out_the_identity(num_steps: int) -> None:
     theta = torch.tensor([[24.0], [-8.0]])
-    intermediates = make_path(build_family("rotation"), theta, num_steps).intermediates
-    assert intermediates.shape == (num_steps, 2, 1)
-    for k in range(1, num_steps + 1):
-        torch.testing.assert_close(intermediates[k - 1], k * theta / (num_steps + 1), rtol=1e-6, atol=0)
+    points = path_points(build_family("rotation"), theta, num_steps)
+    assert points.shape == (num_steps + 1, 2, 1)
+    for k in range(1, num_steps + 2):
+        torch.testing.assert_close(points[k - 1], k * theta / (num_steps + 1), rtol=1e-6, atol=0)
 
 
-def test_points_are_the_intermediates_and_then_theta() -> None:
-    theta = torch.tensor([[24.0], [-8.0]])
-    path = make_path(build_family("rotation"), theta, 3)
-    assert path.points.shape == (4, 2, 1)
-    assert torch.equal(path.points[:3], path.intermediates)
-    assert torch.equal(path.points[3], theta)
+@each_family
+def test_the_end_of_the_path_is_theta_bit_for_bit(name: str) -> None:
+    family = build_family(name)
+    theta = draw_theta(family, torch.arange(6), seed=0)
+    for num_steps in (0, 1, 2, 3):
+        points = path_points(family, theta, num_steps)
+        assert points.shape == (num_steps + 1, 6, len(family.param_names))
+        assert torch.equal(points[-1], theta)
+
+
+def test_path_of_the_blur_starts_at_no_blur_and_not_at_its_least_sigma() -> None:
+    # Sigma is uniform in [0.1, 2], but a third of 0.3 is 0.1 and a third of 0.1 lies below the range.
+    points = path_points(build_family("blur"), torch.tensor([[0.3], [0.1]]), 2)
+    expected = torch.tensor([[[0.1], [0.1 / 3]], [[0.2], [0.2 / 3]], [[0.3], [0.1]]])
+    torch.testing.assert_close(points, expected, rtol=1e-6, atol=0)
+
+
+def test_path_of_a_mixture_keeps_the_drawn_member() -> None:
+    family = build_family("mixture")
+    theta = draw_theta(family, torch.arange(30), seed=0)
+    assert len(theta[:, 0].unique()) == 3
+    points = path_points(family, theta, 3)
+    for k in range(1, 5):
+        assert torch.equal(points[k - 1, :, 0], theta[:, 0])
+        torch.testing.assert_close(points[k - 1, :, 1:], theta[:, 1:] * k / 4, rtol=1e-6, atol=0)
 
 
 def test_path_is_scaled_by_the_family_itself() -> None:
@@ -117,14 +136,16 @@ def test_path_is_scaled_by_the_family_itself() -> None:
         def scale(self, theta: Tensor, fraction: float) -> Tensor:
             return 1 + (theta - 1) * fraction
 
+        def normalized(self, theta: Tensor) -> Tensor:
+            return 2 * theta - 3
+
         def apply(self, images: Tensor, theta: Tensor) -> Tensor:
             raise AssertionError("a path needs no image")
 
-    path = make_path(Ratio(), torch.tensor([[4.0]]), 2)
-    torch.testing.assert_close(path.intermediates.flatten(), torch.tensor([2.0, 3.0]), rtol=1e-6, atol=0)
+    points = path_points(Ratio(), torch.tensor([[4.0]]), 2)
+    torch.testing.assert_close(points.flatten(), torch.tensor([2.0, 3.0, 4.0]), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("num_steps", [0, -1])
-def test_path_without_a_step_is_refused_with_the_number(num_steps: int) -> None:
-    with pytest.raises(ValueError, match=f"at least one .* num_steps={num_steps}"):
-        make_path(build_family("rotation"), torch.zeros(1, 1), num_steps)
+def test_path_with_a_negative_number_of_steps_is_refused_with_the_number() -> None:
+    with pytest.raises(ValueError, match="num_steps >= 0, got -1"):
+        path_points(build_family("rotation"), torch.zeros(1, 1), -1)

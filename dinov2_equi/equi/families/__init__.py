@@ -1,0 +1,1 @@
+"""Transform families: what may happen to the second view."""

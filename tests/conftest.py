@@ -10,7 +10,7 @@ import torch
 
 from dinov2_equi.config.load import load_config
 from dinov2_equi.config.schema import Config
-from dinov2_equi.equi.families import FAMILIES
+from dinov2_equi.equi.families.registry import FAMILIES
 from dinov2_equi.models.registry import ARCHS
 
 DEBUG_CPU = Path(__file__).parents[1] / "configs" / "debug_cpu.yaml"
@@ -30,8 +30,7 @@ def make_config() -> Callable[..., Config]:
         return load_config(
             config_file,
             overrides,
-            arch_widths={name: arch.embed_dim for name, arch in ARCHS.items()},
-            arch_heads={name: arch.num_heads for name, arch in ARCHS.items()},
+            archs=ARCHS,
             families=tuple(FAMILIES),
         )
 

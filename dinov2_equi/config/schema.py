@@ -352,17 +352,31 @@ class CropsConfig:
 class DecoderConfig:
     """Decoder that reconstructs the images on the transformation path."""
 
+    type: str = "transformer"
+    """`transformer`, or `upconv` for the paper's linear layer and up-convolutions: a key of
+    `equi.decoders.registry.DECODERS`."""
+
     depth: int = 2
-    """Number of blocks."""
+    """Number of blocks; `transformer` alone."""
 
     width: int | None = None
-    """Width of its tokens; null: scaled to the backbone."""
+    """Width of its tokens, or channels before the first up-convolution; null: scaled to the backbone, or 256."""
 
     num_heads: int | None = None
-    """Attention heads; null: scaled to the width."""
+    """Attention heads; null: scaled to the width. `transformer` alone."""
 
     mlp_ratio: float = 4.0
-    """Hidden width of its feed-forward layers divided by `width`."""
+    """Hidden width of its feed-forward layers divided by `width`; `transformer` alone."""
+
+    shared: bool = True
+    """True: one module draws all images, told by a learned query which. False: one module an image. `transformer`
+    alone; the up-convolutions are always one module an image."""
+
+    patch_fraction: float = 1.0
+    """Share of the patches, drawn at random in each step, that are reconstructed; in (0, 1]. `transformer` alone."""
+
+    half_resolution: bool = False
+    """Reconstruct at half the resolution: a quarter of the pixels, each the mean of four."""
 
 
 @dataclass
@@ -370,7 +384,7 @@ class EquiConfig:
     """Equivariance branch. With `family` null the data are untouched, nothing is built, and the run is DINOv2."""
 
     family: str | None = None
-    """Extra transform of the second global crop: a key of `equi.families.FAMILIES`; null: none."""
+    """Extra transform of the second global crop: a key of `equi.families.registry.FAMILIES`; null: none."""
 
     loss_weight: float = 0.0
     """Multiplier of the reconstruction loss. 0 with a family set is the control run: the transform without the loss.
@@ -379,11 +393,33 @@ class EquiConfig:
     num_steps: int = 2
     """Images reconstructed between the two views, S (the paper's K)."""
 
+    include_final: bool = False
+    """Reconstruct the second view itself as well, the end of the path."""
+
+    target: str = "path"
+    """What is reconstructed: `path`, the images between the views. The others are controls: `untransformed`, `view_2`
+    (the ends of the path), `view_1`, `masked` (hidden patches of view 1 from its visible ones) and `theta` (no image
+    but the parameters themselves). Source: a key of `equi.targets.TARGETS`."""
+
+    layer: str = "last"
+    """Block whose tokens hold the equivariant part: `last`, or a number counted from 0. The SSL losses always see the
+    last block."""
+
+    source_2: str = "student"
+    """Whose tokens of view 2 the decoder sees: `student`, with gradient, or `teacher`, without."""
+
+    only_unmasked: bool = False
+    """Reconstruct only images of which no patch is hidden from the student, in neither view."""
+
     dim: int | None = None
     """Width of the equivariant part of a token; null: a quarter of the token width (512 of 2048 in the paper)."""
 
     projection_dim: int | None = None
     """Width of a linear layer between backbone and split; null: the backbone's channels are split themselves."""
+
+    split_without_transform: bool = False
+    """True, where `family` is null: the features are projected and divided all the same, and the SSL losses see the
+    invariant part alone. The baseline with the projection and the heads of a run with the branch."""
 
     use_cls: bool = False
     """True: the decoder also sees the equivariant part of the class token."""
@@ -397,6 +433,31 @@ class EquiConfig:
     max_translation_px: float = 10.0
     """Translations are uniform in [-max, max] along each axis, in pixels of a 224-pixel crop; scaled with the crop.
     Source: paper, table 2, which names no unit."""
+
+    max_brightness: float = 0.4
+    """Brightness is multiplied by 1 + delta, delta uniform in [-max, max]. Source of the colours: paper, table 2."""
+
+    max_contrast: float = 0.4
+    """The same for contrast."""
+
+    max_saturation: float = 0.1
+    """The same for saturation. The paper's table can also be read as 0.4."""
+
+    max_hue: float = 0.1
+    """The hue is shifted by a number of turns uniform in [-max, max]; at most 0.5."""
+
+    blur_sigma_px: list[float] = field(default_factory=lambda: [0.1, 2.0])
+    """Least and greatest standard deviation of the blur, in pixels of the crop as it is: [min, max]. Source: paper,
+    table 2."""
+
+    max_zoom: float = 1.25
+    """Magnifications are in [1 / max, max], uniform on a logarithmic scale; above 1."""
+
+    max_corner_px: float = 20.0
+    """Each corner is shifted by an offset uniform in [-max, max] along each axis, in pixels of a 224-pixel crop."""
+
+    mixture: list[str] = field(default_factory=lambda: ["se2", "color", "blur"])
+    """Families of which the family `mixture` draws one for each image."""
 
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
 
@@ -428,6 +489,10 @@ class LoggingConfig:
 
     tensorboard: bool = True
     """Write TensorBoard event files too."""
+
+    diagnostics_every_steps: int = 100
+    """Steps between two measurements of how the branch pulls against the other losses (ratio of the gradient norms at
+    the output of the last block) and of how the two parts of the features are used; 0: none."""
 
     pictures_every_steps: int = 0
     """Steps between two pictures of reconstructions; 0: only in the report at the end."""

@@ -6,15 +6,35 @@ plain tables, because the config layer lies below the packages that define them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from dinov2_equi.config.errors import ConfigError, Problem
 from dinov2_equi.config.keys import nearest
 from dinov2_equi.config.schema import Config
 
 _NUM_CHANNELS = 3
+_MAX_SIGMA_PX, _MAX_ZOOM = 16, 4
+_MAX_CORNER_PX = 55
+"""Below a quarter of 224: the four corners stay the corners of a convex shape."""
+
+
+class ArchShape(Protocol):
+    """What the rules need to know of an architecture."""
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of a token."""
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads of a block."""
 
 
 @dataclass(frozen=True)
@@ -119,14 +139,26 @@ RULES: Mapping[str, Rule] = {
     "equi.projection_dim": _COUNT,
     "equi.max_rotation_deg": _within(0, 180),
     "equi.max_translation_px": _within(0, 112),
+    "equi.max_brightness": _PROBABILITY,
+    "equi.max_contrast": _PROBABILITY,
+    "equi.max_saturation": _PROBABILITY,
+    "equi.max_hue": _within(0, 0.5),
+    "equi.blur_sigma_px": Rule(
+        f"two numbers [min, max] with 0 <= min <= max <= {_MAX_SIGMA_PX}",
+        lambda value: len(value) == 2 and 0 <= value[0] <= value[1] <= _MAX_SIGMA_PX,
+    ),
+    "equi.max_zoom": Rule(f"above 1 and at most {_MAX_ZOOM}", lambda value: 1 < value <= _MAX_ZOOM),
+    "equi.max_corner_px": _within(0, _MAX_CORNER_PX),
     "equi.decoder.depth": _COUNT,
     "equi.decoder.width": _COUNT,
     "equi.decoder.num_heads": _COUNT,
     "equi.decoder.mlp_ratio": _POSITIVE,
+    "equi.decoder.patch_fraction": _fraction(with_zero=False, with_one=True),
     "data.mean": _THREE_NUMBERS,
     "data.std": _THREE_POSITIVE,
     "data.holdout_fraction": _BELOW_ONE,
     "logging.metrics_every_steps": _COUNT,
+    "logging.diagnostics_every_steps": _NOT_NEGATIVE,
     "logging.pictures_every_steps": _NOT_NEGATIVE,
     "evaluation.eval_period_iterations": _NOT_NEGATIVE,
     "evaluation.probe_train_pairs": _COUNT,
@@ -159,6 +191,9 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "optim.scaling_rule": ("sqrt_wrt_1024",),
     "crops.blur": ("intended", "dinov2_released"),
     "equi.fill": ("reflect", "zeros"),
+    "equi.target": ("path", "untransformed", "view_2", "view_1", "masked", "theta"),
+    "equi.source_2": ("student", "teacher"),
+    "equi.decoder.type": ("transformer", "upconv"),
 }
 """Words that a key may hold."""
 
@@ -166,22 +201,20 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 def validate(
     config: Config,
     *,
-    arch_widths: Mapping[str, int],
-    arch_heads: Mapping[str, int],
+    archs: Mapping[str, ArchShape],
     families: Collection[str],
 ) -> None:
     """Check every rule of a configuration.
 
     Args:
         config: values of the right types.
-        arch_widths: token width by architecture name.
-        arch_heads: number of attention heads by architecture name.
+        archs: shape by architecture name.
         families: names of the transform families.
 
     Raises:
         ConfigError: listing all problems; each names its key, the value and what to do.
     """
-    problems = find_problems(config, arch_widths=arch_widths, arch_heads=arch_heads, families=families)
+    problems = find_problems(config, archs=archs, families=families)
     if problems:
         raise ConfigError(problems)
 
@@ -189,22 +222,21 @@ def validate(
 def find_problems(
     config: Config,
     *,
-    arch_widths: Mapping[str, int],
-    arch_heads: Mapping[str, int],
+    archs: Mapping[str, ArchShape],
     families: Collection[str],
 ) -> list[Problem]:
     """Return all problems of a configuration; rules between values are checked once each value is right by itself."""
-    choices = {**CHOICES, "student.arch": tuple(arch_widths), "equi.family": tuple(families)}
+    choices = {**CHOICES, "student.arch": tuple(archs), "equi.family": tuple(families)}
     problems = [*_rule_problems(config), *_choice_problems(config, choices)]
     if problems:
         return problems
-    width = arch_widths[config.student.arch]
+    arch = archs[config.student.arch]
     return [
-        *_backbone_problems(config, width, arch_heads[config.student.arch]),
+        *_backbone_problems(config, arch.embed_dim, arch.num_heads),
         *_crop_problems(config),
         *_schedule_problems(config),
         *_loss_problems(config),
-        *(_branch_problems(config, width) if config.equi.family is not None else ()),
+        *_equi_problems(config, arch, families),
     ]
 
 
@@ -286,7 +318,54 @@ def _loss_problems(config: Config) -> Iterator[Problem]:
         yield Problem("train.batch_size_per_gpu", text)
 
 
-def _branch_problems(config: Config, backbone_width: int) -> Iterator[Problem]:
+def _equi_problems(config: Config, arch: ArchShape, families: Collection[str]) -> Iterator[Problem]:
+    equi = config.equi
+    if equi.family is not None or equi.split_without_transform:
+        yield from _split_problems(config, arch.embed_dim)
+    if equi.family is None:
+        return
+    if equi.split_without_transform:
+        text = (
+            f"equi.split_without_transform is for runs without a transform, and equi.family is {equi.family!r}, which "
+            "divides the features anyway: set one to false, or the other to null"
+        )
+        yield Problem("equi.split_without_transform", text)
+    yield from _family_problems(config, families)
+    yield from _layer_problems(config.equi.layer, arch.depth)
+    yield from _objective_problems(config)
+    yield from _decoder_problems(config)
+
+
+def _layer_problems(layer: str, depth: int) -> Iterator[Problem]:
+    if layer != "last" and not (layer.isdecimal() and int(layer) < depth):
+        text = f"equi.layer must be last, or the number of a block from 0 to {depth - 1}, got {layer!r}"
+        yield Problem("equi.layer", text)
+
+
+def _objective_problems(config: Config) -> Iterator[Problem]:
+    equi = config.equi
+    if equi.include_final and equi.target != "path":
+        text = (
+            f"equi.include_final adds the end of the path, and equi.target {equi.target!r} has no path: set it to false"
+        )
+        yield Problem("equi.include_final", text)
+    if equi.only_unmasked and config.ibot.mask_sample_probability == 1:
+        text = (
+            "equi.only_unmasked needs images without a mask, and ibot.mask_sample_probability 1 masks every crop: "
+            "lower it"
+        )
+        yield Problem("equi.only_unmasked", text)
+    if equi.target != "masked":
+        return
+    if equi.only_unmasked:
+        text = "equi.only_unmasked contradicts equi.target 'masked', which reconstructs what is hidden: set it to false"
+        yield Problem("equi.only_unmasked", text)
+    if config.ibot.mask_sample_probability == 0:
+        text = "equi.target 'masked' needs masks: set ibot.mask_sample_probability above 0"
+        yield Problem("ibot.mask_sample_probability", text)
+
+
+def _split_problems(config: Config, backbone_width: int) -> Iterator[Problem]:
     equi = config.equi
     projected = equi.projection_dim is not None
     width = equi.projection_dim if equi.projection_dim is not None else backbone_width
@@ -296,10 +375,41 @@ def _branch_problems(config: Config, backbone_width: int) -> Iterator[Problem]:
         yield Problem("equi.dim", text)
     if equi.dim is None and width < 4:
         yield Problem("equi.dim", f"equi.dim is a quarter of {source} {width} when null: set a larger width")
-    yield from _decoder_problems(equi.decoder.width, equi.decoder.num_heads)
 
 
-def _decoder_problems(width: int | None, num_heads: int | None) -> Iterator[Problem]:
+def _family_problems(config: Config, families: Collection[str]) -> Iterator[Problem]:
+    drawn = config.equi.mixture if config.equi.family == "mixture" else [config.equi.family]
+    if config.equi.family == "mixture":
+        known = [name for name in families if name != "mixture"]
+        strangers = [name for name in drawn if name not in known]
+        if strangers or len(set(drawn)) != len(drawn) or len(drawn) < 2:
+            text = f"equi.mixture must name two or more different families of {', '.join(known)}; got {list(drawn)!r}"
+            yield Problem("equi.mixture", text)
+    if "color" in drawn and config.crops.gray_prob == 1:
+        text = (
+            f"equi.family {config.equi.family!r} needs colours, and crops.gray_prob 1 takes them out of every crop: "
+            f"lower it, or draw from {', '.join(name for name in families if name not in ('color', 'mixture'))}"
+        )
+        yield Problem("equi.family", text)
+    radius, side = math.ceil(3 * config.equi.blur_sigma_px[1]), config.crops.global_crops_size
+    if "blur" in drawn and radius >= side:
+        text = f"equi.blur_sigma_px {list(config.equi.blur_sigma_px)} is too wide for crops of {side} pixels"
+        yield Problem("equi.blur_sigma_px", text)
+
+
+def _decoder_problems(config: Config) -> Iterator[Problem]:
+    decoder, patch = config.equi.decoder, config.student.patch_size
+    if decoder.half_resolution and (patch % 2 or patch < 4):
+        text = f"equi.decoder.half_resolution needs an even student.patch_size of 4 or more, got {patch}"
+        yield Problem("equi.decoder.half_resolution", text)
+    if decoder.type == "transformer":
+        yield from _transformer_problems(decoder.width, decoder.num_heads)
+    elif decoder.patch_fraction < 1:
+        text = f"equi.decoder.patch_fraction below 1 needs equi.decoder.type transformer, got {decoder.type!r}"
+        yield Problem("equi.decoder.patch_fraction", text)
+
+
+def _transformer_problems(width: int | None, num_heads: int | None) -> Iterator[Problem]:
     if width is None:
         if num_heads is not None:
             text = f"equi.decoder.num_heads {num_heads} must divide equi.decoder.width, which is null: set both"

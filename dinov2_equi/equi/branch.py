@@ -1,87 +1,86 @@
-"""The branch as the meta-architecture sees it: views before the encoder, reconstruction after it."""
+"""The branch as the meta-architecture sees it: views before the encoder, an objective after it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor, nn
 
-from dinov2_equi.equi.decoder import TransformerDecoder
-from dinov2_equi.equi.families import TransformFamily
-from dinov2_equi.equi.loss import reconstruction_error
-from dinov2_equi.equi.metrics import reconstruction_metrics
-from dinov2_equi.equi.sampling import draw_theta, make_path
+from dinov2_equi.equi.families.base import TransformFamily
+from dinov2_equi.equi.sampling import draw_theta
+from dinov2_equi.equi.targets import Target
+from dinov2_equi.equi.tokens import EquiOutput, EquiTargets, EquiTokens
 from dinov2_equi.equi.views import EquiViews, make_views
 
 
-@dataclass(frozen=True)
-class EquiTokens:
-    """Equivariant features of one view.
-
-    Attributes:
-        patches: [B, N, D_equi].
-        cls: [B, D_equi], or None where the class token takes no part.
-    """
-
-    patches: Tensor
-    cls: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class EquiOutput:
-    """Result of the branch.
-
-    Attributes:
-        loss: float32 scalar, mean over path steps of the mean squared error.
-        metrics: detached scalars for the log.
-        reconstructions: [S, B, 3, H, W] float32 in (0, 1).
-    """
-
-    loss: Tensor
-    metrics: dict[str, Tensor]
-    reconstructions: Tensor
-
-
 class EquivarianceBranch(nn.Module):
-    """Transform the second global crop, and reconstruct the images on the way from the equivariant features.
+    """Transform the second global crop, and find the images on the way to it in the equivariant features.
 
-    Without a decoder only the transform is applied: the control run that separates the effect of more augmentation
-    from the effect of the reconstruction. Only the decoder holds parameters; it has no teacher.
+    Without an objective only the transform is applied: the control run that separates the effect of more augmentation
+    from the effect of the reconstruction. Only the objective holds parameters; it has no teacher.
     """
 
-    def __init__(self, family: TransformFamily, num_steps: int, decoder: TransformerDecoder | None) -> None:
-        """Join a transform family, the number S of intermediate images, and a decoder (None: control run)."""
-        super().__init__()
-        self.family = family
-        self.num_steps = num_steps
-        self.decoder = decoder
+    def __init__(
+        self,
+        family: TransformFamily,
+        objective: nn.Module | None,
+        *,
+        target: Target,
+        num_steps: int = 2,
+        include_final: bool = False,
+        only_unmasked: bool = False,
+    ) -> None:
+        """Join a transform family and an objective.
 
-    def make_views(self, crops: Tensor, positions: Tensor, seed: int) -> EquiViews:
-        """Return view 2 and the targets of crops [B, 3, H, W] in [0, 1] at sample positions [B] of a seeded run."""
-        theta = draw_theta(self.family, positions, seed)  # [B, P]
-        return make_views(crops, self.family, make_path(self.family, theta, self.num_steps))
-
-    def reconstruct(self, view_1: EquiTokens, view_2: EquiTokens, size: tuple[int, int]) -> Tensor:
-        """Return the images [S, B, 3, H, W] between the views, `size` = (H, W).
+        Args:
+            family: what happens to the second view.
+            objective: from the tokens of both views and `EquiTargets` to `EquiOutput`; None: control run.
+            target: which images the objective has to draw.
+            num_steps: S, number of images between the views, at least 1.
+            include_final: draw the second view as well.
+            only_unmasked: count only the images of which no patch is hidden in either view.
 
         Raises:
-            ValueError: if the number of tokens is not the patch grid of `size`; names both.
+            ValueError: if `num_steps` is below 1.
         """
-        if self.decoder is None:
-            raise ValueError("this branch has no decoder (equi.loss_weight is 0): nothing can be reconstructed")
-        p = self.decoder.patch_size
-        grid = (size[0] // p, size[1] // p)
-        if view_1.patches.shape[1] != grid[0] * grid[1]:
-            raise ValueError(
-                f"expected {grid[0]} x {grid[1]} patch tokens for a {size[0]} x {size[1]} image at patch size {p}, "
-                f"got {view_1.patches.shape[1]}"
-            )
-        cls = None if view_1.cls is None or view_2.cls is None else (view_1.cls, view_2.cls)
-        images: Tensor = self.decoder(view_1.patches, view_2.patches, grid, cls)
-        return images
+        super().__init__()
+        if num_steps < 1:
+            raise ValueError(f"the path needs at least one intermediate image, got num_steps={num_steps}")
+        self.family = family
+        self.objective = objective
+        self.target = target
+        self.num_steps = num_steps if objective is not None and target.is_path else 0
+        self.include_final = include_final
+        self.only_unmasked = only_unmasked
 
-    def forward(self, view_1: EquiTokens, view_2: EquiTokens, targets: Tensor) -> EquiOutput:
-        """Return the reconstruction loss of targets [S, B, 3, H, W] in [0, 1] from both views' features."""
-        reconstructions = self.reconstruct(view_1, view_2, (targets.shape[-2], targets.shape[-1]))
-        errors = reconstruction_error(reconstructions, targets)  # [S]
-        return EquiOutput(errors.mean(), reconstruction_metrics(errors), reconstructions.detach())
+    def make_views(self, crops: Tensor, positions: Tensor, seed: int) -> EquiViews:
+        """Return view 2 and the path of crops [B, 3, H, W] in [0, 1] at sample positions [B] of a seeded run."""
+        theta = draw_theta(self.family, positions, seed)  # [B, P]
+        return make_views(crops, self.family, theta, self.num_steps, include_final=self.include_final)
+
+    def make_targets(self, crops_1: Tensor, crops_2: Tensor, views: EquiViews, masks: Tensor) -> EquiTargets:
+        """Return what the objective has to find.
+
+        Args:
+            crops_1: [B, 3, H, W] in [0, 1], view 1.
+            crops_2: [B, 3, H, W] in [0, 1], the second crop before the transform.
+            views: what `make_views` made of it.
+            masks: [2 * B, N] bool, patches hidden from the student, those of view 1 first.
+        """
+        masks_1, masks_2 = masks.chunk(2)  # [B, N]
+        weights = None
+        if self.target.masked_alone:
+            weights = masks_1.float()
+        elif self.only_unmasked:
+            weights = (~(masks_1 | masks_2).any(dim=1, keepdim=True)).float()  # [B, 1]
+        theta = self.family.normalized(views.theta).to(crops_1.device)
+        return EquiTargets(self.target.images(crops_1, crops_2, views), theta, weights)
+
+    def forward(self, view_1: EquiTokens, view_2: EquiTokens, targets: EquiTargets) -> EquiOutput:
+        """Return the loss of the objective.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if self.objective is None:
+            raise ValueError("this branch has no objective (equi.loss_weight is 0): nothing can be reconstructed")
+        output: EquiOutput = self.objective(view_1, view_2, targets)
+        return output

@@ -1,21 +1,25 @@
-"""Reconstruction loss of the images between the views."""
+"""Reconstruction loss: squared error of images or patches."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
-def reconstruction_error(reconstructions: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean squared error of each path step, over images, channels and all pixels.
+def reconstruction_error(predictions: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the mean squared error of each image drawn.
 
-    Its mean over the steps is the reconstruction loss. With images in [0, 1] an error of 0.01 is 20 dB PSNR. Plainly:
+    Its mean over the S images is the reconstruction loss. With images in [0, 1] an error of 0.01 is 20 dB PSNR.
+    Plainly::
 
         for k in range(S):
-            error[k] = ((reconstructions[k] - targets[k]) ** 2).mean()
+            error[k] = sum(weights[b, n] * ((predictions[k, b, n] - targets[k, b, n]) ** 2).mean()
+                           for b, n in patches) / sum(weights)
 
     Args:
-        reconstructions: [S, B, 3, H, W] in [0, 1].
+        predictions: [S, B, N, C] patches of C values in [0, 1].
         targets: the same shape.
+        weights: [B, N] or [B, 1], non-negative; None counts all patches alike. Where all are 0, so is the error.
 
     Returns:
         [S] float32.
@@ -25,9 +29,14 @@ def reconstruction_error(reconstructions: Tensor, targets: Tensor) -> Tensor:
 
     Source: Wang et al. (AAAI-26), Eq. 3, as a mean over pixels.
     """
-    if reconstructions.shape != targets.shape:
+    if predictions.shape != targets.shape:
         raise ValueError(
-            f"reconstructions and targets must have one shape, got {list(reconstructions.shape)} "
+            f"predictions and targets must have one shape, got {list(predictions.shape)} "
             f"and {list(targets.shape)}; check the patch grid of the decoder"
         )
-    return (reconstructions.float() - targets.float()).square().flatten(1).mean(dim=1)  # [S]
+    squares = (predictions.float() - targets.float()).square()
+    if weights is None:
+        return squares.flatten(1).mean(dim=1)  # [S]
+    patches = squares.mean(dim=-1)  # [S, B, N]
+    weights = weights.to(patches.dtype).expand(patches.shape[1:])
+    return (patches * weights).sum(dim=(1, 2)) / weights.sum().clamp_min(torch.finfo(patches.dtype).tiny)

@@ -17,7 +17,7 @@ from dinov2_equi.layers.swiglu_ffn import SwiGLUFFN
 
 Features: TypeAlias = dict[str, Any]
 """`x_norm_clstoken` [B, D], `x_norm_regtokens` [B, R, D], `x_norm_patchtokens` [B, N, D], `x_prenorm` [B, T, D], and
-the `masks` that were given, [B, N] bool or None."""
+the `masks` that were given, [B, N] bool or None; `x_norm_blocks`, a list of [B, T, D], where more blocks are wanted."""
 
 
 def _identity_ffn(in_features: int, hidden_features: int, **_: Any) -> nn.Module:
@@ -199,24 +199,41 @@ class DinoVisionTransformer(nn.Module):
         return torch.cat((tokens[:, :1], registers, tokens[:, 1:]), dim=1)
 
     @overload
-    def forward_features(self, x: Tensor, masks: Tensor | None = None) -> Features: ...
-
-    @overload
-    def forward_features(self, x: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None) -> list[Features]: ...
+    def forward_features(
+        self, x: Tensor, masks: Tensor | None = None, *, more_blocks: Sequence[int] = ()
+    ) -> Features: ...
 
     @overload
     def forward_features(
-        self, x: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor | None] | None = None
+        self,
+        x: Sequence[Tensor],
+        masks: Sequence[Tensor | None] | None = None,
+        *,
+        more_blocks: Sequence[int] = (),
+    ) -> list[Features]: ...
+
+    @overload
+    def forward_features(
+        self,
+        x: Tensor | Sequence[Tensor],
+        masks: Tensor | Sequence[Tensor | None] | None = None,
+        *,
+        more_blocks: Sequence[int] = (),
     ) -> Features | list[Features]: ...
 
     def forward_features(
-        self, x: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor | None] | None = None
+        self,
+        x: Tensor | Sequence[Tensor],
+        masks: Tensor | Sequence[Tensor | None] | None = None,
+        *,
+        more_blocks: Sequence[int] = (),
     ) -> Features | list[Features]:
         """Return the features of images, or of several crop sizes in one packed pass.
 
         Args:
             x: images [B, C, H, W], or a list of such tensors, one for each crop size.
             masks: [B, N] bool or None, True where a patch is hidden; for a list of crops a list of these.
+            more_blocks: indices of blocks, counted from 0, whose output is wanted too, through the final norm.
 
         Returns:
             A `Features` dictionary, or a list of them in the order of the crops.
@@ -227,21 +244,26 @@ class DinoVisionTransformer(nn.Module):
         if isinstance(x, Tensor):
             if not (masks is None or isinstance(masks, Tensor)):
                 raise ValueError("expected one mask tensor or None for one image tensor, got a list of masks")
-            return self._forward_crops([x], [masks])[0]
+            return self._forward_crops([x], [masks], more_blocks)[0]
         if isinstance(masks, Tensor):
             raise ValueError("expected a list of masks, one for each crop size, got a tensor")
-        return self._forward_crops(x, [None] * len(x) if masks is None else masks)
+        return self._forward_crops(x, [None] * len(x) if masks is None else masks, more_blocks)
 
-    def _forward_crops(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Features]:
+    def _forward_crops(
+        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], more_blocks: Sequence[int]
+    ) -> list[Features]:
         if len(crops) == 0 or len(crops) != len(masks):
             raise ValueError(f"expected as many masks as crop sizes and at least one, got {len(masks)}, {len(crops)}")
         x, layout = pack([self.prepare_tokens_with_masks(*pair) for pair in zip(crops, masks, strict=True)])
-        for block in self.block_list():
+        outputs = {}
+        for index, block in enumerate(self.block_list()):
             x = block(x, layout)
+            if index in more_blocks:
+                outputs[index] = split_groups(self.norm(x), layout)
         prenorm = split_groups(x, layout)  # each [B, T, D]
         normed = split_groups(self.norm(x), layout)
         first_patch = 1 + self.num_register_tokens
-        return [
+        features: list[Features] = [
             {
                 "x_norm_clstoken": after[:, 0],  # [B, D]
                 "x_norm_regtokens": after[:, 1:first_patch],  # [B, R, D]
@@ -251,6 +273,10 @@ class DinoVisionTransformer(nn.Module):
             }
             for before, after, mask in zip(prenorm, normed, masks, strict=True)
         ]
+        if more_blocks:
+            for crop, item in enumerate(features):
+                item["x_norm_blocks"] = [outputs[index][crop] for index in more_blocks]
+        return features
 
     def get_intermediate_layers(
         self,
@@ -307,6 +333,7 @@ class DinoVisionTransformer(nn.Module):
         x: Tensor | Sequence[Tensor],
         masks: Tensor | Sequence[Tensor | None] | None = None,
         is_training: bool = False,
+        more_blocks: Sequence[int] = (),
     ) -> Any:
         """Return all features when `is_training`, else the head applied to the class token.
 
@@ -314,11 +341,12 @@ class DinoVisionTransformer(nn.Module):
             x: images [B, C, H, W], or a list of crops of several sizes.
             masks: see `forward_features`.
             is_training: return what `forward_features` returns.
+            more_blocks: see `forward_features`.
 
         Returns:
             `Features`, or [B, D] (the head is the identity unless replaced); lists of these for a list of crops.
         """
-        features = self.forward_features(x, masks)
+        features = self.forward_features(x, masks, more_blocks=more_blocks)
         if is_training:
             return features
         if isinstance(features, list):

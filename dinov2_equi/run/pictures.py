@@ -15,7 +15,8 @@ from dinov2_equi.evaluation.figures import figure_array
 from dinov2_equi.evaluation.pictures import pca_colors, pca_figure, reconstruction_figure
 from dinov2_equi.logging.metrics import MetricWriter
 from dinov2_equi.train.loop import StepHook
-from dinov2_equi.train.preview import Preview, make_preview
+from dinov2_equi.train.outputs import Preview
+from dinov2_equi.train.preview import make_preview
 from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
 
 NUM_PICTURES = 5

@@ -7,9 +7,14 @@ from torch import nn
 
 from dinov2_equi.config.schema import Config, HeadConfig
 from dinov2_equi.equi.branch import EquivarianceBranch
-from dinov2_equi.equi.decoder import TransformerDecoder, default_width
-from dinov2_equi.equi.families import FamilySettings, build_family
+from dinov2_equi.equi.decoders.base import DecoderSettings
+from dinov2_equi.equi.decoders.registry import DEFAULT_WIDTHS, build_decoder
+from dinov2_equi.equi.families.base import FamilySettings
+from dinov2_equi.equi.families.registry import build_family
 from dinov2_equi.equi.feature_split import FeatureSplit
+from dinov2_equi.equi.reconstruction import Reconstruction
+from dinov2_equi.equi.targets import TARGETS
+from dinov2_equi.equi.theta_regression import ThetaRegression
 from dinov2_equi.layers.dino_head import DINOHead
 from dinov2_equi.layers.expander import Expander
 from dinov2_equi.models.registry import ARCHS, build_backbone
@@ -41,7 +46,7 @@ def build_student(cfg: Config) -> nn.ModuleDict:
     """Return the student: `backbone`, `dino_head`, and `ibot_head` and `feature_split` where they are configured."""
     modules: dict[str, nn.Module] = {"backbone": build_student_backbone(cfg)}
     feature_dim = ARCHS[cfg.student.arch].embed_dim
-    if cfg.equi.family is not None:
+    if has_split(cfg):
         split = FeatureSplit(feature_dim, equi_dim(cfg), cfg.equi.projection_dim)
         modules["feature_split"] = split
         feature_dim = split.invariant_dim
@@ -66,10 +71,15 @@ def build_expander(cfg: Config) -> Expander | None:
     if cfg.vicreg.loss_weight == 0:
         return None
     in_dim = ARCHS[cfg.student.arch].embed_dim
-    if cfg.equi.family is not None:
+    if has_split(cfg):
         in_dim = (cfg.equi.projection_dim or in_dim) - equi_dim(cfg)
     with torch.random.fork_rng(devices=[]):
         return Expander(in_dim, cfg.vicreg.expander_dim, cfg.vicreg.expander_nlayers)
+
+
+def has_split(cfg: Config) -> bool:
+    """Return whether the features are divided: with a transform family, or for a baseline with the same projection."""
+    return cfg.equi.family is not None or cfg.equi.split_without_transform
 
 
 def equi_dim(cfg: Config) -> int:
@@ -81,28 +91,73 @@ def equi_dim(cfg: Config) -> int:
 
 def family_settings(cfg: Config) -> FamilySettings:
     """Return the ranges and the fill of the transforms."""
-    return FamilySettings(cfg.equi.max_rotation_deg, cfg.equi.max_translation_px, cfg.equi.fill)
+    equi = cfg.equi
+    sigma_min, sigma_max = equi.blur_sigma_px
+    return FamilySettings(
+        max_rotation_deg=equi.max_rotation_deg,
+        max_translation_px=equi.max_translation_px,
+        max_brightness=equi.max_brightness,
+        max_contrast=equi.max_contrast,
+        max_saturation=equi.max_saturation,
+        max_hue=equi.max_hue,
+        blur_sigma_px=(sigma_min, sigma_max),
+        max_zoom=equi.max_zoom,
+        max_corner_px=equi.max_corner_px,
+        fill=equi.fill,
+        mixture=tuple(equi.mixture),
+    )
 
 
 def build_branch(cfg: Config) -> EquivarianceBranch | None:
-    """Return the equivariance branch, or None without a transform family; without loss weight it has no decoder.
+    """Return the equivariance branch, or None without a transform family; without loss weight it has no objective.
 
-    The decoder draws its initial weights from a forked random state, so that a run with reconstruction and its
+    The objective draws its initial weights from a forked random state, so that a run with reconstruction and its
     control without start from the same networks and see the same stochastic depth.
     """
     equi = cfg.equi
     if equi.family is None:
         return None
-    decoder = None
+    family = build_family(equi.family, family_settings(cfg))
+    objective = None
     if equi.loss_weight > 0:
         with torch.random.fork_rng(devices=[]):
-            decoder = TransformerDecoder(
-                equi_dim=equi_dim(cfg),
-                patch_size=cfg.student.patch_size,
-                num_steps=equi.num_steps,
-                width=equi.decoder.width or default_width(ARCHS[cfg.student.arch].embed_dim),
-                depth=equi.decoder.depth,
-                num_heads=equi.decoder.num_heads,
-                mlp_ratio=equi.decoder.mlp_ratio,
-            )
-    return EquivarianceBranch(build_family(equi.family, family_settings(cfg)), equi.num_steps, decoder)
+            objective = _build_objective(cfg, num_params=len(family.param_names))
+    return EquivarianceBranch(
+        family,
+        objective,
+        target=TARGETS[equi.target],
+        num_steps=equi.num_steps,
+        include_final=equi.include_final,
+        only_unmasked=equi.only_unmasked,
+    )
+
+
+def _build_objective(cfg: Config, *, num_params: int) -> nn.Module:
+    """Return what finds the target in the equivariant tokens: a reconstruction, or a regression of theta."""
+    equi, decoder = cfg.equi, cfg.equi.decoder
+    target = TARGETS[equi.target]
+    if target.is_theta:
+        return ThetaRegression(equi_dim(cfg), num_params)
+    patch_size = cfg.student.patch_size
+    default_width = DEFAULT_WIDTHS[decoder.type](ARCHS[cfg.student.arch].embed_dim)
+    settings = DecoderSettings(
+        equi_dim=equi_dim(cfg),
+        patch_size=patch_size // 2 if decoder.half_resolution else patch_size,
+        num_images=target.num_images(equi.num_steps, include_final=equi.include_final),
+        width=decoder.width or default_width,
+        depth=decoder.depth,
+        num_heads=decoder.num_heads,
+        mlp_ratio=decoder.mlp_ratio,
+        shared=decoder.shared,
+    )
+    return Reconstruction(
+        build_decoder(decoder.type, settings),
+        patch_size,
+        patch_fraction=decoder.patch_fraction,
+        view_1_alone=target.view_1_alone,
+    )
+
+
+def equi_block(cfg: Config) -> int | None:
+    """Return the index of the block whose tokens hold the equivariant part, or None for the features as they end."""
+    return None if cfg.equi.layer == "last" else int(cfg.equi.layer)

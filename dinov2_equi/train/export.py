@@ -22,7 +22,7 @@ def export_teacher(model: SSLMetaArch, folder: Path) -> None:
 
     * `teacher_checkpoint.pth`: `{"teacher": {"backbone.*", "dino_head.*", ...}}`, as DINOv2 writes it.
     * `teacher_backbone.safetensors`: the backbone alone, keys of the released weights.
-    * `equi_branch.safetensors`: the decoder, where there is one.
+    * `equi_branch.safetensors`: what reconstructs, where something does.
 
     Each file is written under a temporary name and renamed, so that a reader never sees half of one.
     """
@@ -34,7 +34,7 @@ def export_teacher(model: SSLMetaArch, folder: Path) -> None:
     backbone = {k.removeprefix("backbone."): v for k, v in teacher.items() if k.startswith("backbone.")}
     flat = rechunk_blocks(backbone, 0, ARCHS[model.cfg.student.arch].depth)
     _write_safetensors(flat, folder / BACKBONE_FILE)
-    if model.equi is not None and model.equi.decoder is not None:
+    if model.equi is not None and model.equi.objective is not None:
         decoder = {name: tensor.detach().cpu().contiguous() for name, tensor in model.equi.state_dict().items()}
         _write_safetensors(decoder, folder / BRANCH_FILE)
 

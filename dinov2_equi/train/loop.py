@@ -125,7 +125,8 @@ def _run_steps(
             state.seconds += scalars["time/step"]
             scalars["time/total"] = state.seconds
             progress.update(state.step, scalars)
-            if state.step == 1 or _due(state.step, cfg.logging.metrics_every_steps, derived.total_steps):
+            periods = (cfg.logging.metrics_every_steps, cfg.logging.diagnostics_every_steps)
+            if state.step == 1 or any(_due(state.step, period, derived.total_steps) for period in periods):
                 writer.write(state.step - 1, scalars)
             _periodic(state, cfg, derived, store, output_dir)
             if on_picture is not None and _due(state.step, cfg.logging.pictures_every_steps):

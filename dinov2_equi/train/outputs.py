@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dinov2_equi.equi.branch import EquiTokens
+from dinov2_equi.equi.tokens import EquiTargets
+from dinov2_equi.models.vision_transformer import Features
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,12 @@ class Views:
     Attributes:
         global_crops: [G*B, 3, H, W]; with the branch on, the second half is the transformed crop.
         local_crops: [L*B, 3, h, w].
-        targets: [S, B, 3, H, W] in [0, 1], un-normalised, or None without the branch.
+        equi_targets: what the branch has to find out, or None where it has no objective.
     """
 
     global_crops: Tensor
     local_crops: Tensor
-    targets: Tensor | None
+    equi_targets: EquiTargets | None
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class StudentOutputs:
         dino_local: [L*B, K] logits; L may be 0.
         ibot_masked: [M, K] logits of the masked patches, or None without iBOT.
         vicreg: embeddings of view 1 and view 2, [B, E] each, or None without VICReg.
-        equi: equivariant tokens of view 1 and view 2, or None where nothing is reconstructed.
+        features: what the backbone returned for the global crops, and for the local ones where there are any.
     """
 
     cls_global: Tensor
@@ -63,7 +64,7 @@ class StudentOutputs:
     dino_local: Tensor | None
     ibot_masked: Tensor | None
     vicreg: tuple[Tensor, Tensor] | None
-    equi: tuple[EquiTokens, EquiTokens] | None
+    features: list[Features]
 
 
 @dataclass(frozen=True)
@@ -80,3 +81,20 @@ class StepOutput:
     losses: dict[str, Tensor]
     metrics: dict[str, Tensor]
     teacher: TeacherTargets | None
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Reconstructions for people to look at; all images are in [0, 1].
+
+    Attributes:
+        view_1: [B, 3, H, W].
+        view_2: [B, 3, H, W].
+        targets: [S, B, 3, H', W'], at the resolution of the decoder.
+        reconstructions: the same shape.
+    """
+
+    view_1: Tensor
+    view_2: Tensor
+    targets: Tensor
+    reconstructions: Tensor

@@ -11,14 +11,18 @@ from torch import Tensor, nn
 from dinov2_equi.config.schema import Config
 from dinov2_equi.data.batch import Batch
 from dinov2_equi.data.transforms import normalize
-from dinov2_equi.equi.branch import EquiTokens, EquivarianceBranch
+from dinov2_equi.equi.branch import EquivarianceBranch
+from dinov2_equi.equi.metrics import feature_metrics, gradient_ratio
+from dinov2_equi.equi.reconstruction import Reconstruction
+from dinov2_equi.equi.tokens import EquiTokens
 from dinov2_equi.fsdp.ema import update_ema_
 from dinov2_equi.loss.dino_clstoken_loss import DINOLoss
 from dinov2_equi.loss.ibot_patch_loss import iBOTPatchLoss
 from dinov2_equi.loss.koleo_loss import KoLeoLoss
 from dinov2_equi.loss.vicreg_loss import VICRegLoss
+from dinov2_equi.models.vision_transformer import Features
 from dinov2_equi.train import build_model
-from dinov2_equi.train.outputs import StepOutput, StudentOutputs, TeacherTargets, Views
+from dinov2_equi.train.outputs import Preview, StepOutput, StudentOutputs, TeacherTargets, Views
 from dinov2_equi.train.precision import autocast
 
 NUM_GLOBAL_CROPS = 2
@@ -42,6 +46,10 @@ class SSLMetaArch(nn.Module):
         self.equi: EquivarianceBranch | None = build_model.build_branch(cfg)
         self.expander = build_model.build_expander(cfg)
         self.has_prototypes = max(cfg.dino.loss_weight, cfg.ibot.loss_weight) > 0
+        has_objective = self.equi is not None and self.equi.objective is not None
+        self._teacher_is_source = has_objective and cfg.equi.source_2 == "teacher"
+        block = build_model.equi_block(cfg) if has_objective else None
+        self._more_blocks = () if block is None else (block,)
         ibot_head = cfg.ibot if cfg.ibot.separate_head else cfg.dino
         self.dino_loss = DINOLoss(cfg.dino.head_n_prototypes)
         self.ibot_patch_loss = iBOTPatchLoss(ibot_head.head_n_prototypes)
@@ -50,12 +58,14 @@ class SSLMetaArch(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ one step
 
-    def forward_backward(self, batch: Batch, *, teacher_temp: float) -> StepOutput:
+    def forward_backward(self, batch: Batch, *, teacher_temp: float, diagnose: bool = False) -> StepOutput:
         """Run one step up to the gradients.
 
         Args:
             batch: crops in [0, 1], on the training device except `positions`.
             teacher_temp: temperature of the teacher's softmax.
+            diagnose: also measure how the losses pull and how the two parts of the features are used. Costs two more
+                backward passes through heads and decoder; changes no gradient.
 
         Returns:
             Losses and metrics, detached. Gradients are in `.grad`; centres and teacher are not touched yet.
@@ -63,13 +73,14 @@ class SSLMetaArch(nn.Module):
         metrics: dict[str, Tensor] = {}
         with autocast(self.cfg, batch.global_crops.device):
             views = self._make_views(batch)
-            teacher = self._teacher_targets(views, batch, teacher_temp) if self.has_prototypes else None
+            features = self._teacher_features(views)
+            teacher = self._teacher_targets(features, batch, teacher_temp)
             student = self._student_outputs(views, batch)
             losses = self._ssl_losses(student, teacher, batch)
-            if self.equi is not None and student.equi is not None and views.targets is not None:
-                output = self.equi(*student.equi, views.targets)
+            if self.equi is not None and views.equi_targets is not None:
+                output = self.equi(*self._branch_tokens(student, features), views.equi_targets)
+                metrics = output.metrics | (self._diagnose(student, losses, output.loss) if diagnose else {})
                 losses["equi_loss"] = output.loss
-                metrics = output.metrics
             total = self._weighted_sum(losses)
         total.backward()
         detached = {name: loss.detach() for name, loss in losses.items()}
@@ -88,39 +99,59 @@ class SSLMetaArch(nn.Module):
                 self.ibot_patch_loss.update_center(output.teacher.ibot_mean)
 
     @torch.no_grad()
-    def reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return view 1, view 2 [B, 3, H, W], targets and reconstructions [S, B, 3, H, W], all in [0, 1], unmasked.
+    def reconstruct(self, batch: Batch) -> Preview:
+        """Return views, targets and reconstructions of a batch, unmasked.
 
         Raises:
-            ValueError: if there is no decoder.
+            ValueError: if this run reconstructs nothing.
         """
-        if self.equi is None or self.equi.decoder is None:
-            raise ValueError("nothing can be reconstructed: equi.family or equi.loss_weight is not set")
+        if self.equi is None or not isinstance(self.equi.objective, Reconstruction):
+            raise ValueError(
+                "nothing can be reconstructed: equi.family or equi.loss_weight is not set, or theta is the target"
+            )
         crops_1, crops_2 = batch.global_crops.chunk(NUM_GLOBAL_CROPS)
         views = self.equi.make_views(crops_2, batch.positions, self.cfg.train.seed)
         images = self._normalize(torch.cat([crops_1, views.view_2]))
-        features = self.student["backbone"](images, is_training=True)
-        tokens = self._equivariant_tokens(features["x_norm_patchtokens"], features["x_norm_clstoken"])
-        assert tokens is not None  # there is a decoder
-        size = (crops_2.shape[-2], crops_2.shape[-1])
-        return crops_1, views.view_2, views.targets, self.equi.reconstruct(*tokens, size)
+        tokens = self._tokens_of(self.student, images)
+        if self._teacher_is_source:
+            tokens = (tokens[0], self._tokens_of(self.teacher, images)[1])
+        targets = self.equi.make_targets(crops_1, crops_2, views, batch.masks)
+        return Preview(
+            view_1=crops_1,
+            view_2=views.view_2,
+            targets=self.equi.objective.resized(targets.images),
+            reconstructions=self.equi.objective.reconstruct(*tokens, (crops_2.shape[-2], crops_2.shape[-1])),
+        )
 
     # ------------------------------------------------------------------------------------------------ parts of it
 
     def _make_views(self, batch: Batch) -> Views:
         crops_1, crops_2 = batch.global_crops.chunk(NUM_GLOBAL_CROPS)  # [B, 3, H, W] each
-        targets = None
+        view_2, targets = crops_2, None
         if self.equi is not None:
             equi_views = self.equi.make_views(crops_2, batch.positions, self.cfg.train.seed)
-            crops_2, targets = equi_views.view_2, equi_views.targets
-        return Views(self._normalize(torch.cat([crops_1, crops_2])), self._normalize(batch.local_crops), targets)
+            view_2 = equi_views.view_2
+            if self.equi.objective is not None:
+                targets = self.equi.make_targets(crops_1, crops_2, equi_views, batch.masks)
+        return Views(self._normalize(torch.cat([crops_1, view_2])), self._normalize(batch.local_crops), targets)
 
     def _normalize(self, images: Tensor) -> Tensor:
         return normalize(images, self.cfg.data.mean, self.cfg.data.std)
 
     @torch.no_grad()
-    def _teacher_targets(self, views: Views, batch: Batch, temperature: float) -> TeacherTargets:
-        features = self.teacher["backbone"](views.global_crops, is_training=True)
+    def _teacher_features(self, views: Views) -> Features | None:
+        """Return what the teacher sees in the global crops, or None where no loss asks."""
+        if not self.has_prototypes and not self._teacher_is_source:
+            return None
+        features: Features = self.teacher["backbone"](
+            views.global_crops, is_training=True, more_blocks=self._more_blocks if self._teacher_is_source else ()
+        )
+        return features
+
+    @torch.no_grad()
+    def _teacher_targets(self, features: Features | None, batch: Batch, temperature: float) -> TeacherTargets | None:
+        if features is None or not self.has_prototypes:
+            return None
         # The crops swap places: crop 1 of the student predicts crop 2 of the teacher, and the reverse.
         cls_1, cls_2 = self._invariant(self.teacher, features["x_norm_clstoken"]).chunk(NUM_GLOBAL_CROPS)
         cls = torch.cat([cls_2, cls_1])  # [G*B, D_inv]
@@ -146,7 +177,7 @@ class SSLMetaArch(nn.Module):
         if len(views.local_crops):
             crops.append(views.local_crops)
             masks.append(None)
-        features = self.student["backbone"](crops, masks=masks, is_training=True)
+        features = self.student["backbone"](crops, masks=masks, is_training=True, more_blocks=self._more_blocks)
         patches = features[0]["x_norm_patchtokens"]  # [G*B, N, D]
         cls = [self._invariant(self.student, f["x_norm_clstoken"]) for f in features]  # [G*B, D_inv], [L*B, D_inv]
         dino_global = dino_local = patch_logits = None
@@ -160,7 +191,7 @@ class SSLMetaArch(nn.Module):
             dino_local=dino_local,
             ibot_masked=patch_logits,
             vicreg=self._embeddings(patches, cls[0]),
-            equi=self._equivariant_tokens(patches, features[0]["x_norm_clstoken"]),
+            features=features,
         )
 
     def _ssl_losses(self, student: StudentOutputs, teacher: TeacherTargets | None, batch: Batch) -> dict[str, Tensor]:
@@ -251,24 +282,53 @@ class SSLMetaArch(nn.Module):
         view_1, view_2 = features.chunk(NUM_GLOBAL_CROPS)
         return self.expander(view_1), self.expander(view_2)
 
-    def _equivariant_tokens(self, patches: Tensor, cls: Tensor) -> tuple[EquiTokens, EquiTokens] | None:
-        """Return the equivariant part of both global views, or None where nothing is reconstructed."""
-        if self.equi is None or self.equi.decoder is None:
-            return None
-        split = self.student["feature_split"]
-        patch_views = split.equivariant(patches).chunk(NUM_GLOBAL_CROPS)  # type: ignore[operator]
+    def _branch_tokens(self, student: StudentOutputs, teacher: Features | None) -> tuple[EquiTokens, EquiTokens]:
+        """Return the equivariant tokens of view 1, from the student, and of view 2, from the configured network."""
+        view_1, view_2 = self._equivariant_tokens(self.student, student.features[0])
+        if teacher is not None and self._teacher_is_source:
+            view_2 = self._equivariant_tokens(self.teacher, teacher)[1]
+        return view_1, view_2
+
+    def _tokens_of(self, network: nn.ModuleDict, images: Tensor) -> tuple[EquiTokens, EquiTokens]:
+        """Return the equivariant tokens of both views from one pass over their normalised images [G*B, 3, H, W]."""
+        return self._equivariant_tokens(
+            network, network["backbone"](images, is_training=True, more_blocks=self._more_blocks)
+        )
+
+    def _equivariant_tokens(self, network: nn.ModuleDict, features: Features) -> tuple[EquiTokens, EquiTokens]:
+        """Return the equivariant part of both global views, from the configured block."""
+        cls, patches = features["x_norm_clstoken"], features["x_norm_patchtokens"]
+        if self._more_blocks:
+            (tokens,) = features["x_norm_blocks"]
+            cls, patches = tokens[:, 0], tokens[:, -patches.shape[1] :]
+        split = network["feature_split"]
+        views = split.equivariant(patches).chunk(NUM_GLOBAL_CROPS)  # type: ignore[operator]
         if not self.cfg.equi.use_cls:
-            return EquiTokens(patch_views[0]), EquiTokens(patch_views[1])
+            return EquiTokens(views[0]), EquiTokens(views[1])
         cls_views = split.equivariant(cls).chunk(NUM_GLOBAL_CROPS)  # type: ignore[operator]
-        return EquiTokens(patch_views[0], cls_views[0]), EquiTokens(patch_views[1], cls_views[1])
+        return EquiTokens(views[0], cls_views[0]), EquiTokens(views[1], cls_views[1])
+
+    def _diagnose(self, student: StudentOutputs, losses: dict[str, Tensor], equi_loss: Tensor) -> dict[str, Tensor]:
+        """Return how the features are used, and how hard the branch pulls at them against the SSL losses.
+
+        The pull is measured where both see the same tokens: the normalised output of the last block.
+        """
+        split = self.student["feature_split"]
+        patches = student.features[0]["x_norm_patchtokens"].flatten(0, 1)
+        metrics = feature_metrics(split.invariant(patches), split.equivariant(patches))  # type: ignore[operator]
+        if losses and not self._more_blocks:
+            tokens = [f[name] for f in student.features for name in ("x_norm_clstoken", "x_norm_patchtokens")]
+            branch, ssl = self._weighted_sum({"equi_loss": equi_loss}), self._weighted_sum(losses)
+            metrics["equi/gradient_ratio"] = gradient_ratio(branch, ssl, tokens)
+        return metrics
 
     # ------------------------------------------------------------------------------------------------ bookkeeping
 
     def trainable_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the sub-networks that the optimiser updates, by name; gradients are clipped for each on its own."""
         yield from self.student.items()
-        if self.equi is not None and self.equi.decoder is not None:
-            yield "equi_decoder", self.equi.decoder
+        if self.equi is not None and self.equi.objective is not None:
+            yield "equi_decoder", self.equi.objective
         if self.expander is not None:
             yield "vicreg_expander", self.expander
 

@@ -37,7 +37,12 @@ def train_step(
         NonFiniteLossError: before anything but gradients changed; names step, rank and term.
     """
     state.optimizer.zero_grad(set_to_none=True)
-    output = state.model.forward_backward(batch.to(device, non_blocking=True), teacher_temp=values.teacher_temp)
+    every = cfg.logging.diagnostics_every_steps
+    output = state.model.forward_backward(
+        batch.to(device, non_blocking=True),
+        teacher_temp=values.teacher_temp,
+        diagnose=every > 0 and (state.step == 0 or (state.step + 1) % every == 0),
+    )
     norms = _clip_gradients(state, cfg.optim.clip_grad)
     named = output.losses | output.metrics | norms
     scalars = dict(zip(named, torch.stack([v.float() for v in named.values()]).tolist(), strict=True))  # one transfer

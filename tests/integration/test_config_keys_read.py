@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from dinov2_equi.config import schema
 from dinov2_equi.config.derive import derive
+from dinov2_equi.config.errors import ConfigError
 from dinov2_equi.config.keys import leaf_types
 from dinov2_equi.config.load import WITHOUT_EFFECT, load_config
 from dinov2_equi.config.schema import Config
@@ -73,13 +75,16 @@ def keys_read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return read
 
 
+OFF = ("equi.family=null", "equi.loss_weight=0", "evaluation.probe=false", "logging.report=false")
 SHORT = ("train.OFFICIAL_EPOCH_LENGTH=1", "logging.pictures_every_steps=1", "evaluation.eval_period_iterations=1")
 
 
 def test_a_key_is_not_read(tmp_path: Path, command: Run, keys_read: set[str]) -> None:
     # The run folder of the configuration counts where the command names none.
-    overrides = ["ibot.separate_head=true", "vicreg.loss_weight=1", f"train.output_dir={tmp_path}"]
+    overrides = ["ibot.separate_head=true", "vicreg.loss_weight=1", f"train.output_dir={tmp_path / 'on'}"]
     assert command("--config-file", str(DEBUG_CONFIG), *SHORT, *overrides) == 0
+    off = [*OFF, f"train.output_dir={tmp_path / 'off'}"]  # without a transform there are keys of their own
+    assert command("--config-file", str(DEBUG_CONFIG), *SHORT, *off) == 0
     unread = [key for key in leaf_types() if key not in keys_read | ONE_WORD and not without_effect(key)]
     assert not unread
     told_apart = [key for key in keys_read if without_effect(key)]
@@ -87,9 +92,9 @@ def test_a_key_is_not_read(tmp_path: Path, command: Run, keys_read: set[str]) ->
 
 
 def test_the_branch_reads_its_settings_while_it_is_off(tmp_path: Path, debug_run: Run, keys_read: set[str]) -> None:
-    off = ["equi.family=null", "equi.loss_weight=0", "evaluation.probe=false", "logging.report=false"]
-    assert debug_run(tmp_path, *SHORT, *off) == 0
-    assert {key for key in keys_read if key.startswith("equi.")} <= {"equi.family", "equi.loss_weight"}
+    assert debug_run(tmp_path, *SHORT, *OFF) == 0
+    switches = {"equi.family", "equi.loss_weight", "equi.split_without_transform"}
+    assert {key for key in keys_read if key.startswith("equi.")} <= switches
 
 
 # ------------------------------------------------------------------------------------------------ read, and used
@@ -164,22 +169,50 @@ DECIDES_WHAT_IS_LEARNED: dict[str, tuple[str, ...]] = {
     "equi.family": ("rotation",),
     "equi.loss_weight": ("0", "0.5"),
     "equi.num_steps": ("3",),
+    "equi.include_final": ("true",),
+    "equi.target": ("untransformed", "view_2", "view_1", "masked", "theta"),
+    "equi.layer": ("0", "1"),
+    "equi.source_2": ("teacher",),
+    "equi.only_unmasked": ("true",),
     "equi.dim": ("16",),
     "equi.projection_dim": ("64",),
+    "equi.split_without_transform": ("true",),
     "equi.use_cls": ("true",),
     "equi.fill": ("zeros",),
     "equi.max_rotation_deg": ("10",),
     "equi.max_translation_px": ("50",),
+    "equi.max_brightness": ("0.1",),
+    "equi.max_contrast": ("0.1",),
+    "equi.max_saturation": ("0.4",),
+    "equi.max_hue": ("0.4",),
+    "equi.blur_sigma_px": ("[0.1,1]", "[1,2]"),
+    "equi.max_zoom": ("2",),
+    "equi.max_corner_px": ("40",),
+    "equi.mixture": ("[rotation,blur]",),
+    "equi.decoder.type": ("upconv",),
     "equi.decoder.depth": ("1",),
     "equi.decoder.width": ("96",),
     "equi.decoder.num_heads": ("4",),
     "equi.decoder.mlp_ratio": ("2",),
+    "equi.decoder.shared": ("false",),
+    "equi.decoder.patch_fraction": ("0.5",),
+    "equi.decoder.half_resolution": ("true",),
     "data.mean": ("[0.5,0.5,0.5]",),
     "data.std": ("[0.5,0.5,0.5]",),
     "data.holdout_fraction": ("0.5",),
     "data.holdout_path": ("synthetic:length=8:seed=1",),
 }
 """Keys with other values than those of the run that they are compared with."""
+
+ACTS_ONLY_WITH: dict[str, tuple[str, ...]] = {
+    **{f"equi.max_{name}": ("equi.family=color",) for name in ("brightness", "contrast", "saturation", "hue")},
+    "equi.blur_sigma_px": ("equi.family=blur",),
+    "equi.max_zoom": ("equi.family=scale",),
+    "equi.max_corner_px": ("equi.family=perspective",),
+    "equi.mixture": ("equi.family=mixture",),
+    "equi.split_without_transform": ("equi.family=null", "equi.loss_weight=0"),
+}
+"""Keys whose value counts in other runs than the one of `COMPARED`: what must be set for it to count."""
 
 WEIGHTS_TO_START_FROM = {"student.pretrained_weights", "MODEL.WEIGHTS"}
 
@@ -188,6 +221,7 @@ TEACHES_NOTHING: dict[str, str] = {
     "train.checkpoint_every_steps": "1",
     "train.checkpoint_keep": "1",
     "logging.metrics_every_steps": "3",
+    "logging.diagnostics_every_steps": "2",
     "logging.tensorboard": "true",
     "logging.report": "true",
     "logging.pictures_every_steps": "2",
@@ -237,15 +271,40 @@ def learned(cfg: Config) -> str:
 
 
 @pytest.fixture(scope="module")
-def compared(make_config: MakeConfig) -> str:
-    return learned(make_config(*COMPARED))
+def learned_with(make_config: MakeConfig) -> Callable[..., str]:
+    """Return a function to the hash of the compared run with further settings; the same run is trained once."""
+
+    @functools.cache
+    def learned_once(*settings_of_the_run: str) -> str:
+        return learned(make_config(*COMPARED, *settings_of_the_run))
+
+    return learned_once
+
+
+@pytest.fixture(scope="module")
+def compared(learned_with: Callable[..., str]) -> str:
+    return learned_with()
+
+
+def test_a_key_is_compared_in_a_run_of_its_own_without_need() -> None:
+    assert set(ACTS_ONLY_WITH) <= set(DECIDES_WHAT_IS_LEARNED)
 
 
 @pytest.mark.parametrize(
     ("key", "value"), [(key, value) for key, values in DECIDES_WHAT_IS_LEARNED.items() for value in values]
 )
-def test_a_key_changes_nothing(make_config: MakeConfig, compared: str, key: str, value: str) -> None:
-    assert learned(make_config(*COMPARED, f"{key}={value}")) != compared
+def test_a_key_changes_nothing(learned_with: Callable[..., str], key: str, value: str) -> None:
+    around = ACTS_ONLY_WITH.get(key, ())
+    assert learned_with(*around, f"{key}={value}") != learned_with(*around)
+
+
+def test_a_key_acts_where_it_is_said_to_do_nothing(learned_with: Callable[..., str], compared: str) -> None:
+    refused = "equi.split_without_transform"  # the validation sees to that one
+    assert learned_with(*(f"{key}={DECIDES_WHAT_IS_LEARNED[key][0]}" for key in ACTS_ONLY_WITH if key != refused)) == (
+        compared
+    )
+    with pytest.raises(ConfigError, match=refused):
+        learned_with(f"{refused}=true")
 
 
 def test_given_weights_change_nothing(tmp_path: Path, make_config: MakeConfig, compared: str, lean_run: Run) -> None:

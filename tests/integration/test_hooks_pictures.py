@@ -59,6 +59,31 @@ def test_pictures_of_a_control_run_are_missed(tmp_path: Path, debug_run: Run) ->
     assert 'id="reconstruction"' not in (tmp_path / "report.html").read_text()
 
 
+def test_a_run_that_draws_no_image_is_asked_for_pictures(tmp_path: Path, debug_run: Run) -> None:
+    assert debug_run(tmp_path, *SHORT, "logging.pictures_every_steps=5", "equi.target=theta") == 0
+    assert not (tmp_path / "pictures").exists()
+    assert 'id="reconstruction"' not in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_images"),
+    [
+        (["equi.target=view_1"], 1),
+        (["equi.include_final=true", "equi.decoder.type=upconv", "equi.decoder.half_resolution=true"], 3),
+        (["equi.source_2=teacher", "equi.decoder.patch_fraction=0.5", "equi.family=mixture"], 2),
+    ],
+    ids=["one image", "three at half resolution", "some patches"],
+)
+def test_pictures_of_another_decoder_or_target_do_not_open(
+    tmp_path: Path, debug_run: Run, overrides: list[str], num_images: int
+) -> None:
+    assert debug_run(tmp_path, *SHORT, "logging.pictures_every_steps=10", *overrides) == 0
+    (picture,) = (tmp_path / "pictures").iterdir()
+    assert np.asarray(Image.open(picture)).std() > 10, "a blank picture"
+    shown = embedded_pictures(section(tmp_path / "report.html", "reconstruction"))
+    assert len(shown) == 5 * (2 + 2 * num_images)  # 5 images: 2 views, then targets and reconstructions
+
+
 def test_the_report_lacks_a_picture(finished_run: Path) -> None:
     report = finished_run / "report.html"
     # 5 held-back images, each as 2 views, 2 targets and 2 reconstructions; then as itself and as the features of the

@@ -198,6 +198,20 @@ def test_rare_log_lines_lose_the_last_step(tmp_path: Path, lean_run: Callable[..
     assert read_metrics(tmp_path / "training_metrics.json")[-1]["iteration"] == LAST_STEP
 
 
+def test_a_diagnosis_is_not_written(tmp_path: Path, lean_run: Callable[..., int]) -> None:
+    # At the first step and after each sixth one, whatever else is written when.
+    assert lean_run(tmp_path, "logging.metrics_every_steps=4", "logging.diagnostics_every_steps=6") == 0
+    lines = read_metrics(tmp_path / "training_metrics.json")
+    assert [line["iteration"] for line in lines] == [0, 3, 5, 7, 11, 15, 17, 19]
+    names = ("equi/gradient_ratio", "equi/variance_share", "equi/rank_invariant", "equi/rank_equivariant")
+    for name in names:
+        assert [line["iteration"] for line in lines if name in line] == [0, 5, 11, 17], name
+    for line in (line for line in lines if names[0] in line):
+        assert line["equi/gradient_ratio"] > 0
+        assert 0 < line["equi/variance_share"] < 1
+        assert 1 <= line["equi/rank_equivariant"] <= 12 and 1 <= line["equi/rank_invariant"] <= 36
+
+
 def test_the_loss_at_the_start_is_reported_from_the_end(tmp_path: Path, lean_run: Callable[..., int]) -> None:
     assert lean_run(tmp_path, "logging.metrics_every_steps=1000") == 0
     numbers = json.loads((tmp_path / "results.json").read_text())["numbers"]
@@ -213,8 +227,29 @@ def test_the_loss_at_the_start_is_reported_from_the_end(tmp_path: Path, lean_run
         (["equi.projection_dim=64", "equi.use_cls=true"], ["grad_norm/feature_split"], []),
         (["crops.local_crops_number=0", "ibot.loss_weight=0"], [], ["dino_local_crops_loss", "ibot_loss"]),
         (["dino.koleo_loss_weight=0", "optim.clip_grad=0"], [], ["koleo_loss"]),
+        (["equi.target=theta", "equi.family=mixture"], ["equi/theta_error"], ["equi/error_step_1"]),
+        (["equi.target=masked", "equi.decoder.patch_fraction=0.5"], ["equi/psnr_step_1"], ["equi/error_step_2"]),
+        (["equi.include_final=true", "equi.decoder.type=upconv"], ["equi/error_step_3"], ["equi/error_step_4"]),
+        (["equi.source_2=teacher", "equi.layer=1", "equi.only_unmasked=true"], ["equi/error_step_2"], []),
+        (
+            ["equi.family=null", "equi.loss_weight=0", "equi.split_without_transform=true", "equi.projection_dim=64"],
+            ["grad_norm/feature_split"],
+            ["equi_loss", "grad_norm/equi_decoder"],
+        ),
     ],
-    ids=["branch off", "control run", "separate head", "projection", "dino alone", "no koleo"],
+    ids=[
+        "branch off",
+        "control run",
+        "separate head",
+        "projection",
+        "dino alone",
+        "no koleo",
+        "theta",
+        "some masked patches",
+        "end of the path, up-convolutions",
+        "teacher, middle block, unmasked images",
+        "split without transform",
+    ],
 )
 def test_a_part_cannot_be_switched(
     tmp_path: Path, lean_run: Callable[..., int], overrides: list[str], more: list[str], fewer: list[str]
@@ -227,7 +262,8 @@ def test_a_part_cannot_be_switched(
     has_decoder = "equi_loss" in logged
     assert (tmp_path / "equi_branch.safetensors").exists() == has_decoder
     teacher = torch.load(tmp_path / "teacher_checkpoint.pth", weights_only=True)["teacher"]
-    modules = {name.removeprefix("grad_norm/") for name in more} | {"backbone", "dino_head"}
+    modules = {name.removeprefix("grad_norm/") for name in more if name.startswith("grad_norm/")}
+    modules |= {"backbone", "dino_head"}
     assert {name.split(".")[0] for name in teacher} == modules
 
 
@@ -303,6 +339,13 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
         ("debug_cpu", ["equi.dim=4096"], ["equi.dim", "4096"]),
         ("debug_cpu", ["crops.global_crops_size=30"], ["crops.global_crops_size", "student.patch_size", "24 or 32"]),
         ("debug_cpu", ["student.arch=vit_larg"], ["student.arch", "vit_large"]),
+        ("debug_cpu", ["equi.family=colour"], ["equi.family", "rotation", "perspective", "did you mean 'color'"]),
+        ("debug_cpu", ["equi.num_steps=0"], ["equi.num_steps", "at least 1", "0"]),
+        ("debug_cpu", ["equi.family=color", "crops.gray_prob=1"], ["equi.family", "crops.gray_prob", "rotation"]),
+        ("debug_cpu", ["equi.family=mixture", "equi.mixture=[se2,zoom]"], ["equi.mixture", "zoom", "scale"]),
+        ("debug_cpu", ["equi.layer=3"], ["equi.layer", "last", "from 0 to 2", "'3'"]),
+        ("debug_cpu", ["equi.target=path_end"], ["equi.target", "untransformed", "theta"]),
+        ("debug_cpu", ["equi.decoder.type=unet"], ["equi.decoder.type", "transformer", "upconv"]),
     ],
 )
 def test_a_fault_is_not_said_in_one_message_before_a_model_is_built(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,22 @@ import pytest
 from dinov2_equi.config.load import load_config
 from dinov2_equi.config.schema import Config
 
+
+@dataclass(frozen=True)
+class Shape:
+    embed_dim: int
+    depth: int
+    num_heads: int
+
+
 TABLES: dict[str, Any] = {
-    "arch_widths": {"vit_test_tiny": 48, "vit_small": 384, "vit_large": 1024, "vit_giant2": 1536},
-    "arch_heads": {"vit_test_tiny": 3, "vit_small": 6, "vit_large": 16, "vit_giant2": 24},
-    "families": ["rotation", "se2"],
+    "archs": {
+        "vit_test_tiny": Shape(48, depth=3, num_heads=3),
+        "vit_small": Shape(384, depth=12, num_heads=6),
+        "vit_large": Shape(1024, depth=24, num_heads=16),
+        "vit_giant2": Shape(1536, depth=40, num_heads=24),
+    },
+    "families": ["rotation", "se2", "color", "blur", "mixture"],
 }
 
 

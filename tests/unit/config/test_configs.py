@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dinov2_equi.config.derive import derive
 from dinov2_equi.config.keys import leaf_types
 from dinov2_equi.config.load import load_config
 from dinov2_equi.config.schema import Config
 from dinov2_equi.config.validate import value_at
-from dinov2_equi.equi.families import FAMILIES
+from dinov2_equi.equi.families.registry import FAMILIES
 from dinov2_equi.models.registry import ARCHS
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -31,8 +32,7 @@ def load(name: str) -> Config:
     return load_config(
         CONFIGS / f"{name}.yaml",
         (),
-        arch_widths={arch: entry.embed_dim for arch, entry in ARCHS.items()},
-        arch_heads={arch: entry.num_heads for arch, entry in ARCHS.items()},
+        archs=ARCHS,
         families=FAMILIES,
     )
 
@@ -106,3 +106,76 @@ def test_first_runs_need_no_download_and_no_gpu(name: str) -> None:
     config = load(name)
     assert config.train.dataset_path.partition(":")[0] in ("sample_photos", "synthetic")
     assert config.train.device in ("auto", "cpu")
+
+
+# ------------------------------------------------------------------------------------------------------- controls
+
+CONTROLS: dict[str, dict[str, Any]] = {
+    "baseline": {"equi.family": None, "equi.loss_weight": 0.0, "equi.split_without_transform": True},
+    "masked": {
+        "ibot.mask_sample_probability": 0.5,
+        "equi.target": "masked",
+        "equi.include_final": False,
+        "equi.only_unmasked": False,
+    },
+    "steps_1": {"equi.target": "path", "equi.num_steps": 1},
+    "steps_2": {"equi.target": "path", "equi.num_steps": 2},
+    "steps_3": {"equi.target": "path", "equi.num_steps": 3},
+    "theta": {"equi.target": "theta", "equi.include_final": False},
+    "transform_only": {"equi.loss_weight": 0.0},
+    "untransformed": {"equi.target": "untransformed", "equi.include_final": False},
+    "view_1": {"equi.target": "view_1", "equi.include_final": False},
+    "view_2": {"equi.target": "view_2", "equi.include_final": False},
+}
+"""What each file in configs/controls sets: with nothing else in it, rows of a table differ in one thing."""
+
+BASES = ["debug_cpu", "photos_2cores", "quickstart", "vitl14_equi", "vitl16_short_equi", "vits16_equi_1gpu"]
+"""Configurations with the branch, after which a control may stand."""
+
+
+def load_control(base: str, control: str, *overrides: str) -> Config:
+    files = [CONFIGS / f"{base}.yaml", CONFIGS / "controls" / f"{control}.yaml"]
+    return load_config(files, overrides, archs=ARCHS, families=FAMILIES)
+
+
+def test_all_controls_are_listed_here() -> None:
+    assert sorted(path.stem for path in (CONFIGS / "controls").glob("*.yaml")) == sorted(CONTROLS)
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_control_sets_what_it_is_named_after_and_nothing_else(name: str) -> None:
+    sections = yaml.safe_load((CONFIGS / "controls" / f"{name}.yaml").read_text())
+    keys = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    assert keys == CONTROLS[name]
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("name", CONTROLS)
+def test_control_after_a_configuration_changes_its_own_keys_alone(
+    name: str, base: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = load_control(base, name)
+    assert {key: value_at(config, key) for key in CONTROLS[name]} == CONTROLS[name]
+    assert changes(config, load(base)).keys() <= CONTROLS[name].keys()
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(CONTROLS) - {"steps_1", "steps_2", "steps_3", "transform_only", "baseline"})
+)
+def test_control_stands_after_a_configuration_whose_options_fit_the_path_alone(name: str, tmp_path: Path) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text("equi: {family: se2, loss_weight: 1.0, include_final: true, only_unmasked: true}")
+    files = [base, CONFIGS / "controls" / f"{name}.yaml"]
+    assert not load_config(files, (), archs=ARCHS, families=FAMILIES).equi.include_final
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_control_opens_with_purpose_command_and_what_it_tells(name: str) -> None:
+    text = (CONFIGS / "controls" / f"{name}.yaml").read_text()
+    header = text[: text.index("\n\n")]
+    assert all(line.startswith("#") for line in header.splitlines())
+    assert "# Purpose   " in header
+    assert "# Command   " in header
+    assert "# It tells  " in header
+    assert f"configs/controls/{name}.yaml" in header

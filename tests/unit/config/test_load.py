@@ -272,3 +272,99 @@ def test_key_with_effect_does_not_warn(load: Load, caplog: pytest.LogCaptureFixt
 
 def test_keys_without_effect_are_keys_of_the_schema() -> None:
     assert set(WITHOUT_EFFECT) <= set(leaf_types()) | section_names()
+
+
+# -------------------------------------------------------------------------------------------------- several files
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Callable[..., list[Path]]:
+    """Write texts to `first.yaml`, `second.yaml`, ... and return their paths."""
+
+    def write(*texts: str) -> list[Path]:
+        paths = [tmp_path / f"{name}.yaml" for name in ("first", "second", "third")[: len(texts)]]
+        for path, text in zip(paths, texts, strict=True):
+            path.write_text(text)
+        return paths
+
+    return write
+
+
+Files = Callable[..., list[Path]]
+
+
+def test_later_file_beats_earlier_and_override_beats_both(files: Files, tables: dict[str, Any]) -> None:
+    paths = files("train: {seed: 1, num_workers: 1, num_threads: 1}", "train: {seed: 2, num_workers: 2}")
+    train = load_config(paths, ["train.seed=3"], **tables).train
+    assert (train.seed, train.num_workers, train.num_threads) == (3, 2, 1)
+
+
+def test_order_of_the_files_decides(files: Files, tables: dict[str, Any]) -> None:
+    paths = files("train: {seed: 1}", "train: {seed: 2}", "optim: {epochs: 12}")
+    assert load_config(paths[::-1], (), **tables).train.seed == 1
+
+
+def test_no_files_yield_the_defaults(tables: dict[str, Any]) -> None:
+    assert load_config([], (), **tables) == load_config(None, (), **tables) == Config()
+
+
+def test_null_in_a_later_file_takes_back_what_an_earlier_one_set(files: Files, tables: dict[str, Any]) -> None:
+    paths = files("equi: {family: se2, loss_weight: 1.0}", "equi: {family: null, loss_weight: 0.0}")
+    assert load_config(paths, (), **tables).equi.family is None
+
+
+def test_section_of_a_later_file_leaves_the_other_keys_alone(files: Files, tables: dict[str, Any]) -> None:
+    paths = files("equi:\n  family: se2\n  decoder:\n    depth: 3\n", "equi:\n  decoder:\n    mlp_ratio: 2.0\n")
+    decoder = load_config(paths, (), **tables).equi.decoder
+    assert (decoder.depth, decoder.mlp_ratio) == (3, 2.0)
+
+
+def test_reference_sees_what_a_later_file_set(files: Files, tables: dict[str, Any]) -> None:
+    paths = files("train: {num_workers: '${train.seed}'}", "train: {seed: 7}")
+    assert load_config(paths, (), **tables).train.num_workers == 7
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+@pytest.mark.parametrize("text", ["train: {sed: 1}", "train: {seed: x}", "train: {seed: -1}", "train: [", "- train"])
+def test_fault_names_the_file_in_which_it_stands(files: Files, tables: dict[str, Any], wrong: int, text: str) -> None:
+    texts = ["optim: {epochs: 12}", "optim: {epochs: 12}"]
+    texts[wrong] = text
+    with pytest.raises(ConfigError) as caught:
+        load_config(files(*texts), (), **tables)
+    message = str(caught.value)
+    assert ("first.yaml" in message, "second.yaml" in message) == (wrong == 0, wrong == 1)
+
+
+def test_wrong_value_is_blamed_on_the_file_that_set_it_last(files: Files, tables: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"second\.yaml: optim\.epochs must be at least 1, got 0") as caught:
+        load_config(files("optim: {epochs: 12}", "optim: {epochs: 0}"), (), **tables)
+    assert "first.yaml" not in str(caught.value)
+
+
+def test_default_that_does_not_fit_the_files_names_them_all(files: Files, tables: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"first\.yaml \+ .*second\.yaml: optim\.warmup_epochs must not exceed"):
+        load_config(files("optim: {epochs: 3}", "train: {seed: 1}"), (), **tables)
+
+
+def test_missing_second_file_is_named(files: Files, tables: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"frist\.yaml: no such file; did you mean .*first\.yaml"):
+        load_config([*files("train: {seed: 1}"), tmp_path / "frist.yaml"], (), **tables)
+
+
+# --------------------------------------------------------------------------------- the baseline with the projection
+
+
+def test_baseline_divides_the_features_without_a_transform(load: Load) -> None:
+    assert load(None, "equi.split_without_transform=true", "equi.dim=8").equi.family is None
+
+
+def test_baseline_with_a_transform_is_a_contradiction(load: Load) -> None:
+    message = message_of(load, None, "equi.split_without_transform=true", "equi.family=se2")
+    assert "equi.split_without_transform" in message
+    assert "'se2'" in message
+
+
+def test_width_of_a_divided_baseline_is_checked(load: Load) -> None:
+    message = message_of(load, None, "equi.split_without_transform=true", "equi.dim=1024")
+    assert "equi.dim must be below" in message
+    assert load(None, "equi.dim=1024").equi.dim == 1024  # nothing is divided, so nothing can be too wide

@@ -23,6 +23,7 @@ WRONG_BY_TYPE: dict[Any, list[Any]] = {
     float: ["much", True, None, float("nan"), float("-inf"), "1,5"],
     str: [3, 2.5, True, None],
     list[float]: [None, 0.5, "x", ["x"], [True], [float("nan"), 1.0]],
+    list[str]: [None, 0.5, "x", [1], [True], [["x"]]],
     int | None: ["many", 1.5, True, -float("inf")],
     str | None: [3, False, 1.5],
 }

@@ -79,4 +79,4 @@ def test_types_of_the_leaves_are_few_and_plain() -> None:
     names = {
         getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint) for hint in leaf_types().values()
     }
-    assert names <= {"bool", "int", "float", "str", "list[float]", "int | None", "str | None"}
+    assert names <= {"bool", "int", "float", "str", "list[float]", "list[str]", "int | None", "str | None"}

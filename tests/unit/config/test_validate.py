@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from dinov2_equi.config.validate import CHOICES, RULES, find_problems, validate,
 
 PATHS = {"MODEL.WEIGHTS", "train.output_dir", "student.pretrained_weights", "data.holdout_path"}
 FROM_TABLES = {"student.arch", "equi.family"}
+JUDGED_WITH_OTHERS = {"equi.layer", "equi.mixture"}  # what they may be depends on the architecture and the family
 
 
 def with_values(**values: Any) -> Config:
@@ -36,7 +38,7 @@ def test_defaults_are_valid(tables: dict[str, Any]) -> None:
 
 
 def test_every_leaf_has_a_rule_or_is_free_by_intention() -> None:
-    free = {key for key, hint in leaf_types().items() if hint is bool} | PATHS | FROM_TABLES
+    free = {key for key, hint in leaf_types().items() if hint is bool} | PATHS | FROM_TABLES | JUDGED_WITH_OTHERS
     assert set(leaf_types()) - set(RULES) - set(CHOICES) - free == set()
 
 
@@ -69,7 +71,20 @@ def test_every_rule_belongs_to_a_leaf() -> None:
         ("equi__num_steps", [1], [0]),
         ("equi__max_rotation_deg", [0.0, 180.0], [-1.0, 181.0]),
         ("equi__max_translation_px", [0.0, 112.0], [-1.0, 113.0]),
+        ("equi__max_brightness", [0.0, 1.0], [-0.1, 1.1]),
+        ("equi__max_contrast", [0.0, 1.0], [-0.1, 1.1]),
+        ("equi__max_saturation", [0.0, 1.0], [-0.1, 1.1]),
+        ("equi__max_hue", [0.0, 0.5], [-0.1, 0.6]),
+        (
+            "equi__blur_sigma_px",
+            [[0.0, 0.0], [0.1, 16.0], [2, 2]],
+            [[2.0, 1.0], [-1.0, 1.0], [1.0, 17.0], [1.0], [1.0, 1.0, 1.0], []],
+        ),
+        ("equi__max_zoom", [1.001, 4.0], [1.0, 0.5, 4.1]),
+        ("equi__max_corner_px", [0.0, 55.0], [-1.0, 56.0]),  # at 56 three corners can come to lie on a line
         ("equi__decoder__depth", [1], [0]),
+        ("equi__decoder__patch_fraction", [0.001, 1.0], [0.0, 1.1]),
+        ("logging__diagnostics_every_steps", [0, 1], [-1]),
         ("data__holdout_fraction", [0.0, 0.99], [-0.1, 1.0]),
         ("data__mean", [[0.0, 0.0, 0.0]], [[0.5], [0.5] * 4, []]),
         ("data__std", [[0.1, 0.1, 0.1]], [[0.1, 0.0, 0.1], [0.1, 0.1], []]),
@@ -99,6 +114,9 @@ def test_no_number_may_be_negative_or_nan(key: str, tables: dict[str, Any]) -> N
         ("student__ffn_layer", "swiglu_fused", "swiglufused"),
         ("crops__blur", "intendet", "intended"),
         ("equi__fill", "zero", "zeros"),
+        ("equi__target", "mask", "masked"),
+        ("equi__source_2", "teachers", "teacher"),
+        ("equi__decoder__type", "up_conv", "upconv"),
         ("train__device", "gpu", None),
         ("compute_precision__autocast", "fp16", "bf16"),
         ("optim__scaling_rule", "linear", None),
@@ -150,6 +168,89 @@ def test_choices_hold_their_own_defaults() -> None:
             ["multiple of 4", "98"],
         ),
         ({"equi__family": "se2", "equi__decoder__width": 100}, "equi.decoder.width", ["multiple of 32", "100"]),
+        ({"equi__family": "se2", "equi__layer": "24"}, "equi.layer", ["last", "from 0 to 23", "'24'"]),
+        (
+            {"equi__family": "se2", "equi__layer": "12", "student__arch": "vit_small"},
+            "equi.layer",
+            ["from 0 to 11", "'12'"],
+        ),
+        ({"equi__family": "se2", "equi__layer": "-1"}, "equi.layer", ["'-1'"]),
+        ({"equi__family": "se2", "equi__layer": "first"}, "equi.layer", ["last", "'first'"]),
+        (
+            {"equi__family": "mixture", "equi__mixture": ["se2"]},
+            "equi.mixture",
+            ["two or more", "rotation, se2, color, blur;", "['se2']"],
+        ),
+        ({"equi__family": "mixture", "equi__mixture": []}, "equi.mixture", ["two or more", "[]"]),
+        ({"equi__family": "mixture", "equi__mixture": ["se2", "se2"]}, "equi.mixture", ["different"]),
+        ({"equi__family": "mixture", "equi__mixture": ["se2", "colour"]}, "equi.mixture", ["color", "'colour'"]),
+        ({"equi__family": "mixture", "equi__mixture": ["se2", "mixture"]}, "equi.mixture", ["'mixture'"]),
+        (
+            {"equi__family": "color", "crops__gray_prob": 1.0},
+            "equi.family",
+            ["crops.gray_prob 1", "lower it", "rotation, se2, blur"],
+        ),
+        (
+            {"equi__family": "mixture", "equi__mixture": ["blur", "color"], "crops__gray_prob": 1.0},
+            "equi.family",
+            ["crops.gray_prob 1"],
+        ),
+        (
+            {"equi__family": "se2", "equi__include_final": True, "equi__target": "view_2"},
+            "equi.include_final",
+            ["equi.target 'view_2'", "set it to false"],
+        ),
+        (
+            {"equi__family": "se2", "equi__include_final": True, "equi__target": "theta"},
+            "equi.include_final",
+            ["equi.target 'theta'"],
+        ),
+        (
+            {"equi__family": "se2", "equi__only_unmasked": True, "equi__target": "masked"},
+            "equi.only_unmasked",
+            ["equi.target 'masked'", "set it to false"],
+        ),
+        (
+            {"equi__family": "se2", "equi__only_unmasked": True, "ibot__mask_sample_probability": 1.0},
+            "equi.only_unmasked",
+            ["ibot.mask_sample_probability 1", "lower it"],
+        ),
+        (
+            {"equi__family": "se2", "equi__target": "masked", "ibot__mask_sample_probability": 0.0},
+            "ibot.mask_sample_probability",
+            ["equi.target 'masked'", "above 0"],
+        ),
+        (
+            {
+                "equi__family": "se2",
+                "equi__decoder__half_resolution": True,
+                "student__patch_size": 7,
+                "crops__local_crops_size": 98,
+            },
+            "equi.decoder.half_resolution",
+            ["even student.patch_size", "7"],
+        ),
+        (
+            {"equi__family": "se2", "equi__decoder__half_resolution": True, "student__patch_size": 2},
+            "equi.decoder.half_resolution",
+            ["4 or more", "got 2"],
+        ),
+        (
+            {"equi__family": "se2", "equi__decoder__type": "upconv", "equi__decoder__patch_fraction": 0.5},
+            "equi.decoder.patch_fraction",
+            ["equi.decoder.type transformer", "'upconv'"],
+        ),
+        (
+            {"equi__family": "blur", "equi__blur_sigma_px": [0.1, 16.0], "crops__global_crops_size": 48},
+            "equi.blur_sigma_px",
+            ["[0.1, 16.0]", "48 pixels"],
+        ),
+        (
+            {"equi__family": "se2", "equi__split_without_transform": True},
+            "equi.split_without_transform",
+            ["equi.family is 'se2'"],
+        ),
+        ({"equi__split_without_transform": True, "equi__dim": 1024}, "equi.dim", ["student.arch 'vit_large'", "1024"]),
         (
             {"dino__loss_weight": 0.0, "dino__koleo_loss_weight": 0.0, "ibot__loss_weight": 0.0},
             "dino.loss_weight",
@@ -174,6 +275,21 @@ def test_values_that_do_not_fit_each_other_name_both_keys(
         {"equi__family": "se2", "equi__dim": 1023},
         {"equi__family": "se2", "equi__dim": 1024, "equi__projection_dim": 2048},
         {"equi__family": "rotation", "equi__decoder__width": 96, "equi__decoder__num_heads": 3},
+        {"equi__family": "se2", "equi__layer": "0"},
+        {"equi__family": "se2", "equi__layer": "23"},
+        {"equi__family": None, "equi__layer": "99", "equi__mixture": ["x"]},  # no branch
+        {"equi__family": "se2", "equi__mixture": ["x"], "crops__gray_prob": 1.0},  # no mixture, and no colour drawn
+        {"equi__family": "mixture", "equi__mixture": ["se2", "blur"], "crops__gray_prob": 1.0},
+        {"equi__family": "color", "crops__gray_prob": 0.99},
+        {"equi__family": "se2", "equi__include_final": True},
+        {"equi__family": "se2", "equi__only_unmasked": True, "ibot__mask_sample_probability": 0.0},
+        {"equi__family": "se2", "equi__target": "masked"},
+        {"equi__family": "se2", "equi__decoder__half_resolution": True, "equi__decoder__type": "upconv"},
+        {"equi__family": "se2", "equi__decoder__half_resolution": True, "equi__decoder__patch_fraction": 0.5},
+        {"equi__family": "se2", "equi__decoder__type": "upconv", "equi__decoder__width": 100},  # no heads there
+        {"equi__family": "blur", "equi__blur_sigma_px": [0.1, 15.6], "crops__global_crops_size": 48},
+        {"equi__family": "se2", "equi__blur_sigma_px": [0.1, 16.0], "crops__global_crops_size": 48},
+        {"equi__split_without_transform": True, "equi__projection_dim": 2048, "equi__dim": 1024},
         {"optim__base_lr": 0.0},  # a run that must not move
         {"optim__warmup_epochs": 100},
         {"student__patch_size": 14, "crops__local_crops_size": 98},
@@ -184,7 +300,8 @@ def test_values_that_only_look_wrong_are_accepted(values: dict[str, Any], tables
 
 
 def test_architecture_whose_heads_do_not_divide_its_width(tables: dict[str, Any]) -> None:
-    broken = {**tables, "arch_heads": {**tables["arch_heads"], "vit_large": 15}}
+    vit_large = replace(tables["archs"]["vit_large"], num_heads=15)
+    broken = {**tables, "archs": {**tables["archs"], "vit_large": vit_large}}
     assert keys_at_fault(Config(), broken) == ["student.arch"]
 
 

@@ -202,6 +202,50 @@ def test_a_block_that_does_not_exist_is_accepted(n: int | list[int]) -> None:
         tiny().get_intermediate_layers(images(1, 16, 16), n=n)
 
 
+@pytest.mark.parametrize("chunks", [0, 2])
+def test_more_blocks_differ_from_the_intermediate_layers(chunks: int) -> None:
+    model = tiny(num_register_tokens=2, block_chunks=chunks).eval()
+    x = images(2, 8, 12)
+    features = model(x, is_training=True, more_blocks=(2, 0))
+    expected = model.get_intermediate_layers(x, n=[0, 2], return_class_token=True)
+    assert len(features["x_norm_blocks"]) == 2
+    for tokens, (patches, cls) in zip(features["x_norm_blocks"], reversed(expected), strict=True):  # in the order asked
+        assert tokens.shape == (2, 1 + 2 + 6, WIDTH)
+        assert torch.equal(tokens[:, 3:], patches)
+        assert torch.equal(tokens[:, 0], cls)
+    assert torch.equal(features["x_norm_blocks"][0][:, 3:], features["x_norm_patchtokens"])  # the last one is the end
+
+
+def test_more_blocks_of_a_list_differ_from_those_of_single_crops() -> None:
+    model = tiny().eval()
+    crops, masks = [images(2, 16, 16), images(3, 8, 8)], [torch.rand(2, 16) < 0.5, None]
+    for together, crop, mask in zip(model(crops, masks, True, (1,)), crops, masks, strict=True):
+        (alone,) = model(crop, mask, is_training=True, more_blocks=(1,))["x_norm_blocks"]
+        # float32; a matrix product over more rows may sum in another order
+        torch.testing.assert_close(together["x_norm_blocks"][0], alone, atol=1e-5, rtol=0)
+
+
+def test_more_blocks_change_the_other_features() -> None:
+    model, x = tiny(drop_path_rate=0.5, drop_path_uniform=True).train(), images(4, 16, 16)
+    outputs = []
+    for more_blocks in ((), (0, 1)):
+        torch.manual_seed(1)
+        outputs.append(model(x, is_training=True, more_blocks=more_blocks))
+    plain, more = outputs
+    assert "x_norm_blocks" not in plain
+    for name in set(plain) - {"masks"}:
+        assert torch.equal(plain[name], more[name]), name
+
+
+def test_more_blocks_get_no_gradient() -> None:
+    model = tiny()
+    (tokens,) = model(images(1, 8, 8), is_training=True, more_blocks=(1,))["x_norm_blocks"]
+    tokens.square().sum().backward()
+    first, second, last = ([p.grad is not None for p in block.parameters()] for block in model.block_list())
+    assert all(first) and all(second) and not any(last)
+    assert model.norm.weight.grad is not None
+
+
 @pytest.mark.parametrize(
     ("chunks", "depth", "names"),
     [

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from dinov2_equi.equi.decoders.upconv import UpconvDecoder
 from dinov2_equi.layers.dino_head import DINOHead
 from dinov2_equi.models.registry import build_backbone
 from dinov2_equi.train.param_groups import ParamRole, apply_schedule_, build_param_groups, param_roles
@@ -99,6 +100,12 @@ def test_weight_decay_goes_by_type_not_by_name() -> None:
     )
     decayed = {name for name, role in roles_of(decoder=module).items() if role.wd_multiplier == 1.0}
     assert decayed == {"decoder.blocks.weight", "decoder.denormaliser.weight"}
+
+
+def test_batch_norms_of_the_up_convolutions_are_not_decayed() -> None:
+    decoder = UpconvDecoder(equi_dim=4, patch_size=4, width=8)
+    decayed = {name for name, role in roles_of(decoder=decoder).items() if role.wd_multiplier == 1.0}
+    assert decayed == {"decoder.input_projection.weight", "decoder.layers.0.weight", "decoder.layers.3.weight"}
 
 
 def test_packed_attention_biases_are_not_decayed() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
+import pkgutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,13 +13,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dinov2_equi import equi
+from dinov2_equi.config.keys import leaf_types
 from dinov2_equi.config.schema import Config
 from dinov2_equi.data.batch import Batch
 from dinov2_equi.data.transforms import normalize
-from dinov2_equi.equi import branch, decoder, families, feature_split, geometry, loss, metrics, sampling, views
-from dinov2_equi.equi.branch import EquiTokens
-from dinov2_equi.equi.families import FAMILIES, FamilySettings, build_family
+from dinov2_equi.equi.families.base import FamilySettings, RangedFamily
+from dinov2_equi.equi.families.registry import FAMILIES, build_family
+from dinov2_equi.equi.reconstruction import Reconstruction
 from dinov2_equi.equi.sampling import draw_theta
+from dinov2_equi.equi.tokens import EquiTokens
 from dinov2_equi.train import build_model, ssl_meta_arch
 from dinov2_equi.train.outputs import StepOutput
 from dinov2_equi.train.schedules import StepValues
@@ -76,10 +81,10 @@ class Recorder:
         self.calls: list[tuple[list[Tensor], list[Tensor | None]]] = []
         original = backbone.forward_features
 
-        def recording(x: Any, masks: Any = None) -> Any:
+        def recording(x: Any, masks: Any = None, **wanted: Any) -> Any:
             crops = [x] if isinstance(x, Tensor) else list(x)
             self.calls.append((crops, masks if isinstance(masks, list) else [masks] * len(crops)))
-            return original(x, masks)
+            return original(x, masks, **wanted)
 
         monkeypatch.setattr(backbone, "forward_features", recording)
 
@@ -101,16 +106,43 @@ def three_steps(
 
 ABSENT_BRANCH = (
     "equi.num_steps=5",
+    "equi.include_final=true",
+    "equi.target=masked",
+    "equi.layer=1",
+    "equi.source_2=teacher",
+    "equi.only_unmasked=true",
     "equi.dim=7",
     "equi.projection_dim=20",
     "equi.use_cls=true",
     "equi.fill=zeros",
     "equi.max_rotation_deg=180",
     "equi.max_translation_px=3",
+    "equi.max_brightness=0.1",
+    "equi.max_contrast=0.1",
+    "equi.max_saturation=0.4",
+    "equi.max_hue=0.5",
+    "equi.blur_sigma_px=[1,3]",
+    "equi.max_zoom=2",
+    "equi.max_corner_px=40",
+    "equi.mixture=[]",
+    "equi.decoder.type=upconv",
     "equi.decoder.depth=1",
     "equi.decoder.width=96",
     "equi.decoder.num_heads=2",
+    "equi.decoder.mlp_ratio=2",
+    "equi.decoder.shared=false",
+    "equi.decoder.patch_fraction=0.5",
+    "equi.decoder.half_resolution=true",
+    "logging.diagnostics_every_steps=1",
 )
+SWITCHES = {"equi.family", "equi.loss_weight", "equi.split_without_transform"}
+
+
+def test_a_setting_of_the_branch_is_not_tried_while_it_is_off() -> None:
+    tried = {setting.partition("=")[0] for setting in ABSENT_BRANCH}
+    assert {key for key in leaf_types() if key.startswith("equi.")} == (tried | SWITCHES) - {
+        "logging.diagnostics_every_steps"
+    }
 
 
 def test_settings_of_a_branch_that_is_off_change_no_bit_in_three_steps(
@@ -129,7 +161,8 @@ def test_settings_of_a_branch_that_is_off_change_no_bit_in_three_steps(
 
 def everything_in_equi() -> Iterator[tuple[Any, str]]:
     """Yield each function, and the constructor of each class, that the package `equi` defines."""
-    for module in (branch, decoder, families, feature_split, geometry, loss, metrics, sampling, views):
+    for info in pkgutil.walk_packages(equi.__path__, "dinov2_equi.equi."):
+        module = importlib.import_module(info.name)
         for name, item in vars(module).items():
             if getattr(item, "__module__", "") == module.__name__ and callable(item):
                 yield (item, "__init__") if isinstance(item, type) else (module, name)
@@ -152,7 +185,7 @@ def test_run_with_the_branch_off_does_not_touch_its_code_and_loses_no_bit(
 
     for owner, name in everything_in_equi():
         monkeypatch.setattr(owner, name, refuse)
-    for name in ("EquivarianceBranch", "TransformerDecoder", "FeatureSplit", "FamilySettings", "build_family"):
+    for name in ("EquivarianceBranch", "Reconstruction", "FeatureSplit", "FamilySettings", "build_family"):
         monkeypatch.setattr(build_model, name, refuse)  # bound there by import
     monkeypatch.setattr(ssl_meta_arch, "EquiTokens", refuse)
     with pytest.raises(AssertionError, match="was called"):
@@ -188,9 +221,9 @@ def test_control_and_full_run_start_from_the_same_networks(make_config: MakeConf
     assert_same_bits(dict(control.student.state_dict()), dict(full.student.state_dict()))
     assert_same_bits(dict(control.teacher.state_dict()), dict(full.teacher.state_dict()))
     assert control.equi is not None
-    assert control.equi.decoder is None
+    assert control.equi.objective is None
     assert full.equi is not None
-    assert full.equi.decoder is not None
+    assert full.equi.objective is not None
 
 
 @pytest.mark.parametrize("projection", [(), ("equi.projection_dim=40",)], ids=["slice", "projection"])
@@ -317,12 +350,10 @@ def backbone_gradient_through(
     model = build(cfg)
     original = model._equivariant_tokens
 
-    def cut(patches: Tensor, cls: Tensor) -> tuple[EquiTokens, EquiTokens]:
-        tokens = original(patches, cls)
-        assert tokens is not None
+    def cut(network: nn.ModuleDict, features: Any) -> tuple[EquiTokens, EquiTokens]:
         first, second = (
             t if kept else EquiTokens(t.patches.detach(), None if t.cls is None else t.cls.detach())
-            for t, kept in zip(tokens, views_kept, strict=True)
+            for t, kept in zip(original(network, features), views_kept, strict=True)
         )
         return first, second
 
@@ -566,8 +597,8 @@ def test_logged_reconstruction_loss_is_that_of_the_targets_at_the_path_points(
     model, batch = build(cfg), make_batch(cfg)
     drawn: list[Tensor] = []
     assert model.equi is not None
-    assert model.equi.decoder is not None
-    model.equi.decoder.register_forward_hook(lambda module, inputs, images: drawn.append(images.detach()))
+    assert isinstance(model.equi.objective, Reconstruction)
+    model.equi.objective.decoder.register_forward_hook(lambda module, inputs, images: drawn.append(images.detach()))
     output = run_step(model, batch)
     family = build_family("se2")
     theta, crops = draw_theta(family, batch.positions, cfg.train.seed), batch.global_crops.chunk(2)[1]
@@ -587,8 +618,8 @@ def test_decoder_gets_the_class_tokens_only_on_request(
     model = build(cfg)
     received: list[tuple[Any, ...]] = []
     assert model.equi is not None
-    assert model.equi.decoder is not None
-    model.equi.decoder.register_forward_pre_hook(lambda module, args: received.append(args))
+    assert isinstance(model.equi.objective, Reconstruction)
+    model.equi.objective.decoder.register_forward_pre_hook(lambda module, args: received.append(args))
     run_step(model, make_batch(cfg))
     tokens_1, tokens_2, grid, cls = received[0]
     assert tokens_1.shape == tokens_2.shape == (4, 16, EQUI_DIM)
@@ -670,6 +701,13 @@ SETTINGS = {
     "projection and class token": ("equi.projection_dim=64", "equi.use_cls=true", "equi.dim=1"),
     "one path step": ("equi.num_steps=1",),
     "four path steps": ("equi.num_steps=4",),
+    "end of the path": ("equi.include_final=true",),
+    "first block": ("equi.layer=0", "student.num_register_tokens=2", "equi.use_cls=true"),
+    "teacher as source": ("equi.source_2=teacher", "equi.use_cls=true"),
+    "unmasked images": ("equi.only_unmasked=true",),
+    "up-convolutions": ("equi.decoder.type=upconv", "equi.use_cls=true"),
+    "up-convolutions, half resolution": ("equi.decoder.type=upconv", "equi.decoder.half_resolution=true"),
+    "one decoder each, some patches": ("equi.decoder.shared=false", "equi.decoder.patch_fraction=0.3"),
     "rotation, zeros": ("equi.family=rotation", "equi.fill=zeros"),
     "centering": ("train.centering=centering",),
     "sinkhorn": ("train.centering=sinkhorn_knopp",),
@@ -717,7 +755,7 @@ def test_step_is_finite(
 ) -> None:
     cfg = make_config(*FULL, *overrides, f"train.batch_size_per_gpu={batch_size}")
     logged = sound_step(cfg, make_state, make_batch(cfg), step_values)
-    assert logged["equi_loss"] > 0
+    assert logged["equi_loss"] > 0 or cfg.equi.only_unmasked  # a batch of one has a mask
     assert logged["grad_norm/backbone"] > 0
 
 
@@ -826,21 +864,15 @@ def test_crops_that_are_not_square_are_trained_on(
     sound_step(cfg, make_state, make_batch(cfg, size=size), step_values)
 
 
-class Contrast:
+class Grey(RangedFamily):
     """A family that is no planar map: draws pixels towards grey."""
 
-    param_names: tuple[str, ...] = ("contrast",)
+    param_names: tuple[str, ...] = ("grey",)
 
     def __init__(self, settings: FamilySettings) -> None:
-        self.fill = settings.fill
+        super().__init__([0.0], [settings.max_contrast])
 
-    def draw(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        return 0.5 * torch.rand(batch_size, 1, generator=generator)
-
-    def scale(self, theta: Tensor, fraction: float) -> Tensor:
-        return theta * fraction
-
-    def apply(self, images: Tensor, theta: Tensor) -> Tensor:
+    def apply_steps(self, images: Tensor, theta: Tensor) -> Tensor:
         return 0.5 + (images - 0.5) * (1 - theta[..., None, None])
 
 
@@ -851,8 +883,8 @@ def test_a_new_family_is_trained_on_by_its_name(
     step_values: StepValues,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(FAMILIES, "contrast", Contrast)
-    cfg = make_config(*FULL, "equi.family=contrast")
+    monkeypatch.setitem(FAMILIES, "grey", Grey)
+    cfg = make_config(*FULL, "equi.family=grey")
     logged = sound_step(cfg, make_state, make_batch(cfg), step_values)
     assert logged["equi_loss"] > 0
 
@@ -860,16 +892,18 @@ def test_a_new_family_is_trained_on_by_its_name(
 # ------------------------------------------------------------------------------------------------------ mixed precision
 
 
-def test_mixed_precision_trains_on_the_same_views(make_config: MakeConfig, make_batch: MakeBatch) -> None:
-    cfg = make_config(*FULL)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mixed_precision_trains_on_the_same_views(family: str, make_config: MakeConfig, make_batch: MakeBatch) -> None:
+    cfg = make_config(*FULL, f"equi.family={family}")
     model, batch = build(cfg), make_batch(cfg)
     plain = model._make_views(batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = model._make_views(batch)
     assert torch.equal(mixed.global_crops, plain.global_crops)
-    assert mixed.targets is not None
-    assert plain.targets is not None
-    assert torch.equal(mixed.targets, plain.targets)
+    assert mixed.equi_targets is not None
+    assert plain.equi_targets is not None
+    assert torch.equal(mixed.equi_targets.images, plain.equi_targets.images)
+    assert torch.equal(mixed.equi_targets.theta, plain.equi_targets.theta)
 
 
 def test_losses_are_float32_under_mixed_precision(make_config: MakeConfig, make_batch: MakeBatch) -> None:
@@ -890,23 +924,23 @@ def test_reconstruct_shows_views_targets_and_reconstructions(
 ) -> None:
     cfg = make_config(*FULL)
     model, batch = build(cfg).eval(), make_batch(cfg, size=size)
-    crops_1, view_2, targets, images = model.reconstruct(batch)
+    preview = model.reconstruct(batch)
     family = build_family("se2")
     theta, crops_2 = draw_theta(family, batch.positions, cfg.train.seed), batch.global_crops.chunk(2)[1]
-    assert torch.equal(crops_1, batch.global_crops[:4])
-    assert torch.equal(view_2, family.apply(crops_2, theta))
-    assert torch.equal(targets[1], family.apply(crops_2, theta * (2 / 3)))
-    assert images.shape == targets.shape == (2, 4, 3, *size)
-    assert images.min() > 0
-    assert images.max() < 1
-    assert not images.requires_grad
+    assert torch.equal(preview.view_1, batch.global_crops[:4])
+    assert torch.equal(preview.view_2, family.apply(crops_2, theta))
+    assert torch.equal(preview.targets[1], family.apply(crops_2, theta * (2 / 3)))
+    assert preview.reconstructions.shape == preview.targets.shape == (2, 4, 3, *size)
+    assert preview.reconstructions.min() > 0
+    assert preview.reconstructions.max() < 1
+    assert not preview.reconstructions.requires_grad
 
 
 def test_reconstruct_does_not_mask(make_config: MakeConfig, make_batch: MakeBatch) -> None:
     cfg = make_config(*FULL)
     model, batch = build(cfg).eval(), make_batch(cfg)
     unmasked = dataclasses.replace(batch, masks=torch.zeros_like(batch.masks))
-    assert torch.equal(model.reconstruct(batch)[3], model.reconstruct(unmasked)[3])
+    assert torch.equal(model.reconstruct(batch).reconstructions, model.reconstruct(unmasked).reconstructions)
 
 
 @pytest.mark.parametrize("setup", [OFF, CONTROL], ids=["off", "control"])

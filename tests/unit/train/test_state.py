@@ -31,6 +31,8 @@ SETUPS = {
     "control": ("equi.loss_weight=0",),
     "full": ("equi.projection_dim=40", "train.centering=centering"),
     "parts without gradient": ("ibot.separate_head=true", "ibot.loss_weight=0"),
+    "up-convolutions": ("equi.decoder.type=upconv",),  # running means, and a counter
+    "some patches": ("equi.decoder.patch_fraction=0.3", "equi.source_2=teacher", "equi.layer=1"),
 }
 each_setup = pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS.keys())
 
@@ -153,7 +155,7 @@ def test_checkpoint_of_another_model_is_refused_with_the_differences(
     make_state(off).save(store, off)
     state = make_state(make_config())
     before = snapshot(state)
-    with pytest.raises(ValueError, match=r"missing: equi\.decoder\.") as caught:
+    with pytest.raises(ValueError, match=r"missing: equi\.objective\.decoder\.") as caught:
         state.restore(store.load())
     assert "of another shape: " in str(caught.value)  # the heads are narrower with the branch on
     assert_same_bits(before, snapshot(state))
@@ -199,6 +201,10 @@ def test_same_settings_pass_without_a_word(make_config: MakeConfig, caplog: pyte
         ("equi.dim", "None", "8"),
         ("equi.fill", "reflect", "zeros"),
         ("equi.decoder.depth", "2", "1"),
+        ("equi.decoder.type", "transformer", "upconv"),
+        ("equi.target", "path", "view_2"),
+        ("equi.layer", "last", "1"),
+        ("equi.source_2", "student", "teacher"),
         ("crops.local_crops_number", "2", "3"),
         ("crops.blur", "intended", "dinov2_released"),
         ("data.mean", "[0.485, 0.456, 0.406]", "[0.5, 0.5, 0.5]"),
@@ -236,6 +242,7 @@ def test_all_changes_are_listed_at_once(make_config: MakeConfig) -> None:
         "train.checkpoint_every_steps=5",
         "train.checkpoint_keep=1",
         "logging.metrics_every_steps=10",
+        "logging.diagnostics_every_steps=5",
         "logging.tensorboard=false",
         "logging.pictures_every_steps=5",
         "logging.report=false",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dinov2_equi.config.schema import Config
 from dinov2_equi.data.batch import Batch
+from dinov2_equi.equi.reconstruction import Reconstruction
 from dinov2_equi.train import step as step_module
 from dinov2_equi.train.precision import autocast
 from dinov2_equi.train.schedules import StepValues
@@ -28,6 +29,7 @@ Compare = Callable[[dict[str, Tensor], dict[str, Tensor]], None]
 CPU = torch.device("cpu")
 LOSSES = {"dino_local_crops_loss", "dino_global_crops_loss", "koleo_loss", "ibot_loss", "equi_loss"}
 METRICS = {f"equi/{name}_step_{k}" for name in ("error", "psnr") for k in (1, 2)}
+DIAGNOSTICS = {"equi/gradient_ratio", "equi/variance_share", "equi/rank_invariant", "equi/rank_equivariant"}
 PARTS = {"backbone", "feature_split", "dino_head", "equi_decoder"}
 
 
@@ -49,8 +51,44 @@ def test_step_returns_every_figure_as_a_plain_number(
 ) -> None:
     cfg = make_config("equi.projection_dim=40")
     scalars = train_step(make_state(cfg), make_batch(cfg), step_values, cfg, CPU)
-    assert set(scalars) == LOSSES | METRICS | {"total_loss"} | {f"grad_norm/{part}" for part in PARTS}
+    norms = {f"grad_norm/{part}" for part in PARTS}
+    assert set(scalars) == LOSSES | METRICS | DIAGNOSTICS | {"total_loss"} | norms
     assert all(type(value) is float for value in scalars.values())
+
+
+@pytest.mark.parametrize(("period", "diagnosed"), [(0, []), (1, [0, 1, 2, 3, 4]), (2, [0, 1, 3]), (100, [0])])
+def test_diagnostics_come_at_the_first_step_and_then_once_in_a_period(
+    period: int,
+    diagnosed: list[int],
+    make_config: MakeConfig,
+    make_state: MakeState,
+    make_batch: MakeBatch,
+    step_values: StepValues,
+) -> None:
+    # After 2 and 4 finished steps for a period of 2: where the metrics of the same period are written.
+    cfg = make_config(f"logging.diagnostics_every_steps={period}")
+    state = make_state(cfg)
+    logged = [train_step(state, make_batch(cfg), step_values, cfg, CPU) for _ in range(5)]
+    assert [step for step, scalars in enumerate(logged) if set(scalars) >= DIAGNOSTICS] == diagnosed
+    assert [step for step, scalars in enumerate(logged) if set(scalars) & DIAGNOSTICS] == diagnosed
+
+
+def test_diagnostics_change_no_bit_of_what_is_learned(
+    make_config: MakeConfig,
+    make_state: MakeState,
+    make_batch: MakeBatch,
+    snapshot: Snapshot,
+    assert_same_bits: Compare,
+    step_values: StepValues,
+) -> None:
+    states = []
+    for period in (0, 1):
+        cfg = make_config(f"logging.diagnostics_every_steps={period}", "student.drop_path_rate=0.3")
+        states.append(make_state(cfg))
+        torch.manual_seed(0)
+        for seed in range(3):
+            train_step(states[-1], make_batch(cfg, seed=seed), step_values, cfg, CPU)
+    assert_same_bits(*(snapshot(state) for state in states))
 
 
 def test_step_advances_everything_that_learns(
@@ -260,8 +298,8 @@ def test_broken_reconstruction_is_named_and_changes_nothing(
     assert_same_bits: Compare,
 ) -> None:
     assert state.model.equi is not None
-    assert state.model.equi.decoder is not None
-    state.model.equi.decoder.register_forward_hook(lambda module, inputs, images: images * math.nan)
+    assert isinstance(state.model.equi.objective, Reconstruction)
+    state.model.equi.objective.decoder.register_forward_hook(lambda module, inputs, images: images * math.nan)
     message = broken_step(state, make_batch(cfg), step_values, cfg, snapshot, assert_same_bits)
     assert "equi_loss = nan" in message
     assert "dino_global_crops_loss" not in message

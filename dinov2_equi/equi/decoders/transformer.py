@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dinov2_equi.equi.decoders.base import DecoderSettings
 from dinov2_equi.layers.block import Block
 
 _TEMPERATURE = 10_000.0
@@ -35,6 +36,20 @@ def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tenso
     return images.reshape(*leading, 3, h * patch_size, w * patch_size)
 
 
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Return flat patches [..., h * w, 3 * p * p] of images [..., 3, H, W]: the inverse of `unpatchify`."""
+    leading, (C, H, W), p = images.shape[:-3], images.shape[-3:], patch_size
+    patches = images.reshape(*leading, C, H // p, p, W // p, p)
+    patches = patches.transpose(-3, -2).movedim(-5, -3)  # [..., h, w, 3, p, p]
+    return patches.reshape(*leading, (H // p) * (W // p), C * p * p)
+
+
+def select_patches(patches: Tensor, chosen: Tensor) -> Tensor:
+    """Return the chosen [B, n] of patches [..., B, N, C]: [..., B, n, C]."""
+    index = chosen[..., None].expand(*patches.shape[:-2], -1, patches.shape[-1])
+    return patches.gather(-2, index)
+
+
 class TransformerDecoder(nn.Module):
     """One small transformer for all path steps; a learned query says which step to draw.
 
@@ -45,44 +60,27 @@ class TransformerDecoder(nn.Module):
     Source: Wang et al. (AAAI-26), section 3.2 for the input; the transformer replaces their up-convolutions.
     """
 
-    def __init__(
-        self,
-        *,
-        equi_dim: int,
-        patch_size: int,
-        num_steps: int,
-        width: int,
-        depth: int = 2,
-        num_heads: int | None = None,
-        mlp_ratio: float = 4.0,
-    ) -> None:
-        """Build the decoder.
-
-        Args:
-            equi_dim: D_equi of one view.
-            patch_size: p, pixels a token stands for on each side.
-            num_steps: S, number of images to draw.
-            width: token width inside; a multiple of 4 and of the number of heads.
-            depth: number of transformer blocks.
-            num_heads: attention heads; None takes heads of 32 channels.
-            mlp_ratio: hidden width of the MLPs over `width`.
+    def __init__(self, settings: DecoderSettings) -> None:
+        """Build the decoder; its width is a multiple of 4 and of the number of heads.
 
         Raises:
-            ValueError: if `width` does not fit positions or heads.
+            ValueError: if the width does not fit positions or heads.
         """
         super().__init__()
-        num_heads = max(1, width // 32) if num_heads is None else num_heads
+        width = settings.width
+        num_heads = max(1, width // 32) if settings.num_heads is None else settings.num_heads
         if width % 4 or width % num_heads:
             raise ValueError(f"decoder width must be a multiple of 4 and of its {num_heads} heads, got {width}")
-        self.patch_size = patch_size
+        self.patch_size = settings.patch_size
         self.width = width
-        self.input_projection = nn.Linear(2 * equi_dim, width)
-        self.step_queries = nn.Parameter(torch.empty(num_steps, width))
+        self.input_projection = nn.Linear(2 * settings.equi_dim, width)
+        self.step_queries = nn.Parameter(torch.empty(settings.num_images, width))
         self.layers = nn.ModuleList(
-            Block(dim=width, num_heads=num_heads, mlp_ratio=mlp_ratio, qkv_bias=True) for _ in range(depth)
+            Block(dim=width, num_heads=num_heads, mlp_ratio=settings.mlp_ratio, qkv_bias=True)
+            for _ in range(settings.depth)
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.pixel_head = nn.Linear(width, 3 * patch_size**2)
+        self.pixel_head = nn.Linear(width, 3 * settings.patch_size**2)
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -95,26 +93,45 @@ class TransformerDecoder(nn.Module):
     def forward(
         self, tokens_1: Tensor, tokens_2: Tensor, grid: tuple[int, int], cls: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """Draw the images between the two views.
+        """See `Decoder`."""
+        positions = sincos_position(grid, self.width, device=tokens_1.device)  # [N, width]
+        patches = self._decode(tokens_1, tokens_2, positions, cls)
+        return unpatchify(patches, grid, self.patch_size)  # [S, B, 3, H, W]
+
+    def decode_patches(
+        self,
+        tokens_1: Tensor,
+        tokens_2: Tensor,
+        grid: tuple[int, int],
+        chosen: Tensor,
+        cls: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Draw some of the patches, from the tokens at their positions alone.
 
         Args:
-            tokens_1: [B, N, D_equi] equivariant patch tokens of view 1.
+            tokens_1: [B, N, D_equi], see `Decoder`.
             tokens_2: the same of view 2.
             grid: (h, w) patches, h * w = N.
-            cls: equivariant class tokens of both views, [B, D_equi] each, or None.
+            chosen: [B, n] int64, the patches of each image.
+            cls: see `Decoder`.
 
         Returns:
-            [S, B, 3, H, W] in (0, 1).
+            [S, B, n, 3 * p * p] in (0, 1), float32, channel-major inside a patch.
         """
-        B, N, _ = tokens_1.shape
-        S = self.step_queries.shape[0]
-        x = self.input_projection(torch.cat([tokens_1, tokens_2], dim=-1))  # [B, N, width]
-        x = x + sincos_position(grid, self.width, device=x.device).to(x.dtype)
+        positions = sincos_position(grid, self.width, device=tokens_1.device)[chosen]  # [B, n, width]
+        return self._decode(select_patches(tokens_1, chosen), select_patches(tokens_2, chosen), positions, cls)
+
+    def _decode(
+        self, tokens_1: Tensor, tokens_2: Tensor, positions: Tensor, cls: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Return patches [S, B, n, 3 * p * p] of tokens [B, n, D_equi] at positions [(B,) n, width]."""
+        B, n, _ = tokens_1.shape
+        x = self.input_projection(torch.cat([tokens_1, tokens_2], dim=-1))  # [B, n, width]
+        x = x + positions.to(x.dtype)
         if cls is not None:
-            x = torch.cat([self.input_projection(torch.cat(cls, dim=-1)).unsqueeze(1), x], dim=1)  # [B, 1 + N, width]
+            x = torch.cat([self.input_projection(torch.cat(cls, dim=-1)).unsqueeze(1), x], dim=1)  # [B, 1 + n, width]
         x = (x + self.step_queries[:, None, None]).flatten(0, 1)  # [S * B, T, width]
         for layer in self.layers:
             x = layer(x)
-        patches = self.pixel_head(self.norm(x[:, -N:]))  # [S * B, N, 3 * p * p]
-        images = unpatchify(patches, grid, self.patch_size)  # [S * B, 3, H, W]
-        return torch.sigmoid(images.float()).reshape(S, B, *images.shape[1:])
+        patches: Tensor = self.pixel_head(self.norm(x[:, -n:]))  # [S * B, n, 3 * p * p]
+        return torch.sigmoid(patches.float()).reshape(-1, B, n, patches.shape[-1])

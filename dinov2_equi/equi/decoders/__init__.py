@@ -1,0 +1,1 @@
+"""Decoders: equivariant tokens of both views -> images."""

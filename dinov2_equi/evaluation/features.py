@@ -65,7 +65,7 @@ def extract_features(
         raise ValueError(f"select must be one of {', '.join(get_args(Select))}; got {select!r}")
     features = []
     with eval_mode(backbone):
-        for batch in _batches(images, batch_size):
+        for batch in image_pieces(images, batch_size):
             tokens = backbone.forward_features(normalize(batch.to(device), mean, std))  # type: ignore[operator]
             features.append(_select_tokens(tokens, select, channels).float().cpu())
     if not features:
@@ -89,14 +89,18 @@ def extract_patch_tokens(
     """
     tokens = []
     with eval_mode(backbone):
-        for batch in _batches(images, batch_size):
+        for batch in image_pieces(images, batch_size):
             output = backbone.forward_features(normalize(batch.to(device), mean, std))  # type: ignore[operator]
             tokens.append(output["x_norm_patchtokens"].float().cpu())
     return torch.cat(tokens)  # [n, N, D]
 
 
-def _batches(images: Tensor | Iterable[Tensor], batch_size: int) -> Iterator[Tensor]:
-    """Yield non-empty [b, 3, H, W] pieces with b <= batch_size."""
+def image_pieces(images: Tensor | Iterable[Tensor], batch_size: int) -> Iterator[Tensor]:
+    """Yield non-empty pieces [b, 3, H, W], b <= batch_size, of images or of an iterable of batches.
+
+    Raises:
+        ValueError: for a batch size below 1, or images of another shape.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     groups: Iterable[Tensor] = (images,) if isinstance(images, Tensor) else images

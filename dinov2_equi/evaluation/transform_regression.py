@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dinov2_equi.evaluation.features import Select, extract_features
+from dinov2_equi.evaluation.probe_images import as_float
 
 if TYPE_CHECKING:
-    from dinov2_equi.equi.families import TransformFamily
+    from dinov2_equi.equi.families.base import TransformFamily
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,7 @@ def regression_probe(
     batch_size: int = 256,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    on_epoch: Callable[[], None] | None = None,
 ) -> ProbeResult:
     """Train a network of two hidden layers to predict `theta` from features, and score it on the test set.
 
@@ -137,6 +139,7 @@ def regression_probe(
         batch_size: rows in one update.
         seed: fixes the start of the network and the order of its batches.
         device: where the network is trained.
+        on_epoch: called after each pass.
 
     Raises:
         ValueError: for shapes that do not belong together.
@@ -150,7 +153,9 @@ def regression_probe(
     x_test = feature_scale(features_test.to(device).float())
 
     network = _probe_network(x_train.shape[1], hidden, y_train.shape[1], seed).to(device)
-    _fit(network, x_train, y_train, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed)
+    for _ in _fit(network, x_train, y_train, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed):
+        if on_epoch is not None:
+            on_epoch()
     with torch.no_grad():
         predictions = theta_scale.invert(network(x_test)).cpu()  # [n, P]
         train_predictions = theta_scale.invert(network(x_train)).cpu()  # [R, P]
@@ -204,11 +209,9 @@ def transform_regression(
         ValueError: if there are no pairs or no images.
     """
     _check_numbers(len(train_images), len(test_images), num_train_pairs, num_test_pairs)
-    _warn_about_shared_images(train_images, test_images)
+    warn_about_shared_images(train_images, test_images)
     extractor = _PairExtractor(backbone, family, tuple(mean), tuple(std), device, batch_size, select, channels)
-    # Two unrelated streams from one seed: with seed and seed + 1, a second run at the next seed would test on this
-    # run's training parameters.
-    train_seed, test_seed = torch.randint(2**62, (2,), generator=torch.Generator().manual_seed(seed)).tolist()
+    train_seed, test_seed = pair_seeds(seed)
     features_train, theta_train = extractor(train_images, num_train_pairs, train_seed)
     features_test, theta_test = extractor(test_images, num_test_pairs, test_seed)
     result = regression_probe(
@@ -222,6 +225,50 @@ def transform_regression(
         device=device,
     )
     return replace(result, output_names=tuple(family.param_names))
+
+
+@dataclass(frozen=True)
+class DrawnPairs:
+    """Which image each pair is made of, and by which transformation; draw d of image i is pair d * n + i."""
+
+    source: Tensor
+    """[num_pairs] int64, number of the image."""
+
+    theta: Tensor
+    """[num_pairs, P] float32, parameters of the transformation."""
+
+
+def pair_seeds(seed: int) -> tuple[int, int]:
+    """Return the seeds of the training and the test pairs.
+
+    They are unrelated: with seed and seed + 1, a second run at the next seed would test on this run's training
+    parameters.
+    """
+    train_seed, test_seed = torch.randint(2**62, (2,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return train_seed, test_seed
+
+
+def draw_pairs(family: TransformFamily, num_images: int, num_pairs: int, seed: int) -> DrawnPairs:
+    """Return pairs that use the images in turn, again and again; the same for the same seed and number."""
+    theta = family.draw(num_pairs, torch.Generator().manual_seed(seed)).float()
+    return DrawnPairs(torch.arange(num_pairs) % num_images, theta)
+
+
+def transformed_batches(
+    family: TransformFamily, images: Tensor, pairs: DrawnPairs, *, device: torch.device | str, batch_size: int
+) -> Iterator[Tensor]:
+    """Yield the transformed images of pairs in their order, [b, 3, H, W] float32 in [0, 1] on the device.
+
+    Args:
+        family: transforms a batch at a time.
+        images: [n, 3, H, W], float32 in [0, 1] or uint8, which takes a quarter of the memory.
+        pairs: numbers below n, and parameters.
+        device: where the images are transformed.
+        batch_size: pairs in one batch.
+    """
+    for rows in torch.arange(len(pairs.source)).split(batch_size):
+        batch = as_float(images[pairs.source[rows]].to(device))
+        yield family.apply(batch, pairs.theta[rows])
 
 
 @dataclass(frozen=True)
@@ -239,18 +286,10 @@ class _PairExtractor:
 
     def __call__(self, images: Tensor, num_pairs: int, seed: int) -> tuple[Tensor, Tensor]:
         """Return features [num_pairs, 2F] and parameters [num_pairs, P]; pair i uses image i modulo their number."""
-        theta = self.family.draw(num_pairs, torch.Generator().manual_seed(seed)).float()  # [num_pairs, P]
-        source = torch.arange(num_pairs) % len(images)  # [num_pairs]
+        pairs = draw_pairs(self.family, len(images), num_pairs, seed)
         plain = self._features(images[:num_pairs])  # [min(n, num_pairs), F]: once an image, whatever its draws
-        transformed = self._features(self._transformed(images, source, theta))  # [num_pairs, F]
-        return torch.cat([plain[source], transformed], dim=1), theta
-
-    def _transformed(self, images: Tensor, source: Tensor, theta: Tensor) -> Iterator[Tensor]:
-        """Yield g(I) of all pairs in batches [b, 3, H, W], so that never all of them are in memory."""
-        for rows, parameters in zip(
-            torch.split(source, self.batch_size), torch.split(theta, self.batch_size), strict=True
-        ):
-            yield self.family.apply(images[rows].to(self.device), parameters.to(self.device))
+        copies = transformed_batches(self.family, images, pairs, device=self.device, batch_size=self.batch_size)
+        return torch.cat([plain[pairs.source], self._features(copies)], dim=1), pairs.theta
 
     def _features(self, images: Tensor | Iterable[Tensor]) -> Tensor:
         return extract_features(
@@ -317,20 +356,24 @@ def _probe_network(num_inputs: int, hidden: int, num_outputs: int, seed: int) ->
         )
 
 
-def _fit(network: nn.Module, x: Tensor, y: Tensor, *, epochs: int, lr: float, batch_size: int, seed: int) -> None:
+def _fit(
+    network: nn.Module, x: Tensor, y: Tensor, *, epochs: int, lr: float, batch_size: int, seed: int
+) -> Iterator[int]:
+    """Train, and yield the number of each pass when it is done."""
     optimizer = torch.optim.Adam(network.parameters(), lr=lr)
     order = torch.Generator().manual_seed(seed)
-    # The caller may be inside no_grad (an evaluation hook); the probe itself has to learn.
-    with torch.enable_grad():
-        for _ in range(epochs):
+    for epoch in range(epochs):
+        # The caller may be inside no_grad (an evaluation hook); the probe itself has to learn.
+        with torch.enable_grad():
             for rows in torch.split(torch.randperm(len(x), generator=order).to(x.device), batch_size):
                 loss = F.mse_loss(network(x[rows]), y[rows])
                 optimizer.zero_grad(set_to_none=True)
                 torch.autograd.backward(loss)
                 optimizer.step()
+        yield epoch
 
 
-def _warn_about_shared_images(train_images: Tensor, test_images: Tensor) -> None:
+def warn_about_shared_images(train_images: Tensor, test_images: Tensor) -> None:
     """Log how many test images are pixel for pixel in the training set: the score would then flatter the features."""
     known = {_digest(image) for image in train_images}
     num_shared = sum(_digest(image) in known for image in test_images)

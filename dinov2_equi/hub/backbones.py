@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import difflib
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
-from dinov2_equi.models.registry import ARCHS, build_backbone
+from dinov2_equi.models.registry import build_backbone
 from dinov2_equi.models.vision_transformer import DinoVisionTransformer
-from dinov2_equi.models.weights import load_exact, read_state_dict, rechunk_blocks
+from dinov2_equi.models.weights import (
+    backbone_arguments,
+    load_exact,
+    read_state_dict,
+    rechunk_blocks,
+    released_interpolation,
+)
 
 DEFAULT_IMG_SIZE = {14: 518, 16: 512}
 """Pixels for which a position embedding is made, by patch size: 37 x 37 and 32 x 32 patches."""
+
+RELEASED: dict[str, tuple[str, int]] = {
+    f"dinov2_vit{letter}14{suffix}": (arch, num_registers)
+    for letter, arch in (("s", "vit_small"), ("b", "vit_base"), ("l", "vit_large"), ("g", "vit_giant2"))
+    for suffix, num_registers in (("", 0), ("_reg", 4))
+}
+"""Architecture and number of registers of the backbones that DINOv2 released, by their names in its hub."""
+
+RELEASED_URL = "https://dl.fbaipublicfiles.com/dinov2/{name}/{name}{registers}_pretrain.pth"
 
 
 def dinov2_equi_vits14(
@@ -83,7 +97,8 @@ def build_hub_backbone(
         patch_size: side of a patch, pixels.
         pretrained: there are no published weights yet, so True without `weights` is an error.
         weights: a weight file: a teacher checkpoint of a run, or a released DINOv2 backbone. The image size of the
-            position embedding, the feed-forward layer and the number of registers are read from it unless given.
+            position embedding, the feed-forward layer, the registers, LayerScale and the biases are read from it
+            unless given.
         **kwargs: arguments of `DinoVisionTransformer` that replace the defaults `img_size` 518 (512 for patch 16),
             `init_values` 1.0, `ffn_layer` mlp (swiglufused for ViT-g) and `block_chunks` 0. How positions are
             interpolated is not written in a weight file: give `interpolate_offset` and `interpolate_antialias` where
@@ -104,24 +119,46 @@ def build_hub_backbone(
     }
     if weights is None:
         return build_backbone(arch, patch_size=patch_size, **(arguments | kwargs))
-    state = rechunk_blocks(read_state_dict(weights), 0, ARCHS[arch].depth)
-    arguments = arguments | _arguments_from_weights(state, patch_size) | kwargs
+    state = rechunk_blocks(read_state_dict(weights), 0, depth=0)
+    found = backbone_arguments(state, weights)
+    if found["patch_size"] != patch_size:
+        raise ValueError(f"expected weights for patches of {patch_size} pixels, {weights} has {found['patch_size']}")
+    size = ("embed_dim", "depth", "patch_size")  # of `arch`; loading names every tensor that does not fit it
+    arguments |= {name: value for name, value in found.items() if name not in size} | kwargs
     model = build_backbone(arch, patch_size=patch_size, **arguments)
     load_exact(model, rechunk_blocks(state, model.block_chunks, model.n_blocks))
     return model.eval()
 
 
-def _arguments_from_weights(state: Mapping[str, Tensor], patch_size: int) -> dict[str, Any]:
-    """Return the constructor arguments that can be read off the shapes; what cannot is left to the defaults."""
-    found: dict[str, Any] = {}
-    if "register_tokens" in state:
-        found["num_register_tokens"] = state["register_tokens"].shape[1]
-    if "pos_embed" in state:
-        side = math.isqrt(state["pos_embed"].shape[1] - 1)
-        if side * side == state["pos_embed"].shape[1] - 1:
-            found["img_size"] = side * patch_size
-    if "blocks.0.mlp.w12.weight" in state:
-        found["ffn_layer"] = "swiglufused"
-    elif "blocks.0.mlp.fc1.weight" in state:
-        found["ffn_layer"] = "mlp"
-    return found
+def released_dinov2(name: str) -> DinoVisionTransformer:
+    """Return a backbone that DINOv2 released, in evaluation mode.
+
+    Its weights are downloaded into the cache of `torch.hub` at the first call, and read from there ever after.
+
+    Args:
+        name: as in DINOv2's hub, for example `dinov2_vits14` or `dinov2_vitl14_reg`.
+
+    Raises:
+        ValueError: for an unknown name, or a file that is no such backbone.
+        OSError: if the weights cannot be downloaded; says where they are looked for.
+    """
+    if name not in RELEASED:
+        nearest = difflib.get_close_matches(name, RELEASED, n=1, cutoff=0.0)
+        raise ValueError(f"no released backbone {name!r}; did you mean {nearest[0]!r}? Known: {', '.join(RELEASED)}")
+    arch, num_registers = RELEASED[name]
+    weights = _download(name, num_registers)
+    return build_hub_backbone(arch, 14, weights=weights, **released_interpolation(num_registers))
+
+
+def _download(name: str, num_registers: int) -> Path:
+    """Return the file of released weights in the cache of `torch.hub`, after fetching it where it is not there yet."""
+    base = name.removesuffix("_reg")
+    url = RELEASED_URL.format(name=base, registers=f"_reg{num_registers}" if num_registers else "")
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), progress=False)
+        except OSError as error:
+            raise OSError(f"cannot download {url} ({error}); put that file at {path} yourself") from error
+    return path

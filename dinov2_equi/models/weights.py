@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import math
 import pickle
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -41,6 +42,34 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: if there is no such file.
         ValueError: if it holds no state dict.
     """
+    state = _read_tensors(path)
+    if not any(name.startswith(BACKBONE_PREFIX) for name in state):
+        return state
+    backbone = _without_prefix(state, BACKBONE_PREFIX)
+    if len(backbone) < len(state):
+        logger.info("%s: took the backbone, left out %d other tensors (heads)", path, len(state) - len(backbone))
+    return backbone
+
+
+def read_part(path: str | Path, name: str) -> dict[str, Tensor]:
+    """Return the weights of one part of a teacher checkpoint, such as `feature_split`, without the part's name.
+
+    Args:
+        path: see `read_state_dict`.
+        name: what stands before the first dot of the keys.
+
+    Returns:
+        Names to tensors on the CPU; empty where the file has no such part, as when the part has no weights.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds no state dict.
+    """
+    return _without_prefix(_read_tensors(path), f"{name}.")
+
+
+def _read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Return every tensor in a file, without the wrapper around them."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"expected a weight file, but {path} does not exist or is no file; check the path")
@@ -53,7 +82,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             f"expected {path} to hold a state dict (names to tensors), or one under "
             f"{' or '.join(map(repr, WRAPPER_KEYS))}; got {_describe(content)}"
         )
-    return _select_backbone({str(name): tensor for name, tensor in content.items()}, path)
+    return {str(name): tensor for name, tensor in content.items()}
 
 
 def _read_safetensors(path: Path) -> Any:
@@ -84,14 +113,66 @@ def _describe(content: Any) -> str:
     return f"a mapping with the keys {_listed(map(str, content))}" if content else "an empty mapping"
 
 
-def _select_backbone(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    if not any(name.startswith(BACKBONE_PREFIX) for name in state):
-        return state
-    left_out = [name for name in state if not name.startswith(BACKBONE_PREFIX)]
-    if left_out:
-        logger.info("%s: took the backbone, left out %d other tensors (heads)", path, len(left_out))
+def _without_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def backbone_arguments(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Any]:
+    """Return the arguments of `DinoVisionTransformer` that names and shapes of backbone weights betray.
+
+    `embed_dim`, `depth`, `patch_size`, `img_size` (pixels; absent where the patches make no square, since a rectangle's
+    sides leave no trace), `num_register_tokens`, `init_values` (1.0 with LayerScale, None without), `ffn_layer`,
+    `qkv_bias`, `proj_bias`, `ffn_bias`. The number of heads, drop path and how positions are interpolated leave no
+    trace either.
+
+    Args:
+        state: names to tensors, blocks in any layout.
+        source: where they are from, for the error message.
+
+    Raises:
+        ValueError: if these are no weights of such a backbone; names what is missing.
+    """
+    state = rechunk_blocks(state, 0, depth=0)
+    needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight")
+    absent = [name for name in needed if name not in state]
+    if absent:
+        raise ValueError(
+            f"expected {source} to hold a DINOv2 vision transformer, but it has no {', '.join(absent)}; "
+            "give the backbone's own weights or a teacher checkpoint"
+        )
+    patch_size = state["patch_embed.proj.weight"].shape[-1]
+    num_patches = state["pos_embed"].shape[1] - 1
+    grid = math.isqrt(num_patches)
+    registers = state.get("register_tokens")
     return {
-        name.removeprefix(BACKBONE_PREFIX): tensor for name, tensor in state.items() if name.startswith(BACKBONE_PREFIX)
+        "embed_dim": state["pos_embed"].shape[-1],
+        "depth": 1 + max(int(match["block"]) for name in state if (match := _BLOCK_KEY.match(name))),
+        "patch_size": patch_size,
+        **({"img_size": grid * patch_size} if grid * grid == num_patches else {}),
+        "num_register_tokens": 0 if registers is None else registers.shape[1],
+        "init_values": 1.0 if "blocks.0.ls1.gamma" in state else None,
+        "ffn_layer": _ffn_layer(state),
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "proj_bias": "blocks.0.attn.proj.bias" in state,
+        "ffn_bias": "blocks.0.mlp.fc1.bias" in state or "blocks.0.mlp.w12.bias" in state,
+    }
+
+
+def _ffn_layer(state: Mapping[str, Tensor]) -> str:
+    if "blocks.0.mlp.w12.weight" in state:
+        return "swiglufused"
+    return "mlp" if "blocks.0.mlp.fc1.weight" in state else "identity"
+
+
+def released_interpolation(num_register_tokens: int) -> dict[str, Any]:
+    """Return how the positions of a released DINOv2 backbone are interpolated, as `DinoVisionTransformer` takes it.
+
+    Those with registers were trained and published with other values than those without.
+    """
+    with_registers = num_register_tokens > 0
+    return {
+        "interpolate_offset": 0.0 if with_registers else 0.1,
+        "interpolate_antialias": with_registers,
     }
 
 

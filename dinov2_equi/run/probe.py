@@ -11,7 +11,7 @@ from dinov2_equi.config.schema import Config
 from dinov2_equi.data.datasets.base import ImageDataset
 from dinov2_equi.data.datasets.small_photos import SmallPhotos
 from dinov2_equi.data.transforms import eval_images
-from dinov2_equi.equi.families import build_family
+from dinov2_equi.equi.families.registry import build_family
 from dinov2_equi.evaluation.transform_regression import ProbeResult, transform_regression
 from dinov2_equi.train.build_model import family_settings
 

@@ -18,7 +18,7 @@ X = torch.rand(1, 3, 24, 40, generator=torch.Generator().manual_seed(0))
     "options",
     [
         {},
-        {"num_register_tokens": 2, "init_values": 0.5},
+        {"num_register_tokens": 2, "init_values": 0.5, "interpolate_offset": 0.0, "interpolate_antialias": True},
         {"ffn_layer": "swiglufused", "block_chunks": 2},
         {"qkv_bias": False, "proj_bias": False, "ffn_bias": False},
     ],
@@ -33,6 +33,23 @@ def test_the_architecture_is_read_off_the_weights(tmp_path: Path, options: dict[
         assert torch.equal(
             loaded.forward_features(X)["x_norm_patchtokens"], backbone.forward_features(X)["x_norm_patchtokens"]
         )
+
+
+@pytest.mark.parametrize("num_registers", [0, 4])
+def test_positions_are_interpolated_as_released_unless_told_otherwise(tmp_path: Path, num_registers: int) -> None:
+    backbone = build_backbone("vit_test_tiny", img_size=32, patch_size=8, num_register_tokens=num_registers)
+    save_file(backbone.state_dict(), tmp_path / "w.safetensors")
+    released = load_backbone(tmp_path / "w.safetensors")
+    expected = (0.0, True) if num_registers else (0.1, False)
+    assert (released.interpolate_offset, released.interpolate_antialias) == expected
+    told = load_backbone(tmp_path / "w.safetensors", interpolate_offset=0.05, interpolate_antialias=False)
+    assert (told.interpolate_offset, told.interpolate_antialias) == (0.05, False)
+
+
+def test_a_rectangular_position_embedding_is_refused(tmp_path: Path) -> None:
+    save_file(build_backbone("vit_test_tiny", img_size=(16, 32), patch_size=8).state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"square position embedding in .*w\.safetensors, got \[1, 9, 48\]"):
+        load_backbone(tmp_path / "w.safetensors")
 
 
 def test_a_teacher_checkpoint_of_a_run_is_read(tmp_path: Path) -> None:

@@ -110,3 +110,86 @@ def test_a_given_image_size_is_overruled_by_the_file(tmp_path: Path, trained: Di
     path = save_teacher(tmp_path / "teacher.pth", trained)
     with pytest.raises(ValueError, match=r"pos_embed \(expected \[1, 17, 48\], got \[1, 5, 48\]\)"):
         build_hub_backbone("vit_test_tiny", 16, weights=path, img_size=64)
+
+
+@pytest.mark.parametrize(
+    "options", [{"init_values": None}, {"init_values": 0.5, "qkv_bias": False, "proj_bias": False, "ffn_bias": False}]
+)
+def test_weights_without_layer_scale_or_biases_do_not_load(tmp_path: Path, options: dict[str, Any]) -> None:
+    model = build_backbone("vit_test_tiny", img_size=32, patch_size=16, **options).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    loaded = build_hub_backbone("vit_test_tiny", 16, weights=tmp_path / "weights.pth")
+    x = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+
+
+def test_weights_of_another_patch_size_are_not_named(tmp_path: Path, trained: DinoVisionTransformer) -> None:
+    path = save_teacher(tmp_path / "teacher.pth", trained)
+    with pytest.raises(ValueError, match=r"patches of 14 pixels, .*teacher\.pth has 16"):
+        build_hub_backbone("vit_test_tiny", 14, weights=path)
+
+
+# ------------------------------------------------------------------------------------------------------------ released
+
+
+def test_a_released_name_of_dinov2_is_missing() -> None:
+    sizes = {"s": "vit_small", "b": "vit_base", "l": "vit_large", "g": "vit_giant2"}
+    expected = {f"dinov2_vit{size}14": (arch, 0) for size, arch in sizes.items()}
+    expected |= {f"dinov2_vit{size}14_reg": (arch, 4) for size, arch in sizes.items()}
+    assert expected == backbones.RELEASED
+
+
+@pytest.fixture
+def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the cache of `torch.hub`, empty, with two tiny stand-ins for released backbones."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    tiny = {"dinov2_tiny14": ("vit_test_tiny", 0), "dinov2_tiny14_reg": ("vit_test_tiny", 4)}
+    monkeypatch.setattr(backbones, "RELEASED", tiny)
+    return tmp_path / "checkpoints"
+
+
+@pytest.mark.parametrize(
+    ("name", "num_registers", "file"),
+    [
+        ("dinov2_tiny14", 0, "dinov2_tiny14/dinov2_tiny14_pretrain.pth"),
+        ("dinov2_tiny14_reg", 4, "dinov2_tiny14/dinov2_tiny14_reg4_pretrain.pth"),
+    ],
+)
+def test_released_weights_are_downloaded_twice_or_interpolated_otherwise(
+    hub_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, num_registers: int, file: str
+) -> None:
+    model = build_backbone(
+        "vit_test_tiny", img_size=28, patch_size=14, num_register_tokens=num_registers, init_values=1.0
+    )
+    urls = []
+
+    def download(url: str, path: str, progress: bool) -> None:
+        urls.append(url)
+        torch.save(model.state_dict(), path)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for _ in range(2):
+        loaded = backbones.released_dinov2(name)
+    assert urls == [f"https://dl.fbaipublicfiles.com/dinov2/{file}"]
+    assert (hub_folder / file.rsplit("/", 1)[-1]).is_file()
+    assert not loaded.training
+    assert torch.equal(loaded.pos_embed, model.pos_embed)
+    expected = (0.0, True) if num_registers else (0.1, False)
+    assert (loaded.interpolate_offset, loaded.interpolate_antialias) == expected
+
+
+def test_a_failed_download_does_not_say_where_the_file_belongs(
+    hub_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(url: str, path: str, progress: bool) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with pytest.raises(OSError, match=r"no route to host.*dinov2_tiny14_pretrain\.pth yourself"):
+        backbones.released_dinov2("dinov2_tiny14")
+    assert not any(hub_folder.iterdir())
+
+
+def test_an_unknown_released_name_is_not_explained() -> None:
+    with pytest.raises(ValueError, match="no released backbone 'dinov2_vits16'; did you mean 'dinov2_vits14'"):
+        backbones.released_dinov2("dinov2_vits16")

@@ -11,7 +11,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dinov2_equi.models.registry import build_backbone
-from dinov2_equi.models.weights import load_exact, read_state_dict, rechunk_blocks
+from dinov2_equi.models.vision_transformer import DinoVisionTransformer
+from dinov2_equi.models.weights import (
+    backbone_arguments,
+    load_exact,
+    read_part,
+    read_state_dict,
+    rechunk_blocks,
+    released_interpolation,
+)
 
 STATE = {"norm.weight": torch.tensor([1.0, 2.0]), "blocks.0.attn.backbone.x": torch.tensor([3.0])}
 
@@ -165,3 +173,68 @@ def test_a_long_list_of_differences_is_not_cut(module: nn.Module) -> None:
     state = {f"x{index:03d}": torch.zeros(1) for index in range(100)} | dict(module.state_dict())
     with pytest.raises(ValueError, match=r"x019 and 80 more"):
         load_exact(module, state)
+
+
+# ------------------------------------------------------------------------------------------------- what weights betray
+
+PLAIN: dict[str, Any] = {
+    "img_size": 24,
+    "num_register_tokens": 0,
+    "init_values": None,
+    "ffn_layer": "mlp",
+    "qkv_bias": True,
+    "proj_bias": True,
+    "ffn_bias": True,
+}
+
+
+@pytest.mark.parametrize("block_chunks", [0, 2])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"img_size": 8},
+        {"num_register_tokens": 3},
+        {"init_values": 1.0},
+        {"ffn_layer": "swiglufused"},
+        {"ffn_layer": "swiglufused", "ffn_bias": False},
+        {"ffn_layer": "identity", "ffn_bias": False},
+        {"qkv_bias": False},
+        {"proj_bias": False},
+        {"ffn_bias": False},
+    ],
+)
+def test_an_argument_is_not_read_off_the_weights(changed: dict[str, Any], block_chunks: int) -> None:
+    arguments = PLAIN | changed
+    model = build_backbone("vit_test_tiny", patch_size=4, block_chunks=block_chunks, **arguments)
+    found = backbone_arguments(model.state_dict(), "w.pth")
+    assert found == {"embed_dim": 48, "depth": 3, "patch_size": 4, **arguments}
+    again = DinoVisionTransformer(num_heads=3, block_chunks=block_chunks, **found)
+    load_exact(again, model.state_dict())
+
+
+def test_a_rectangle_is_taken_for_a_square() -> None:
+    model = build_backbone("vit_test_tiny", img_size=(8, 16), patch_size=4)
+    assert "img_size" not in backbone_arguments(model.state_dict(), "w.pth")
+
+
+def test_other_networks_are_taken_for_a_backbone() -> None:
+    with pytest.raises(ValueError, match=r"resnet\.pth to hold a DINOv2 vision transformer, but it has no patch_embed"):
+        backbone_arguments({"fc.weight": torch.zeros(1)}, "resnet.pth")
+
+
+def test_released_positions_are_interpolated_otherwise() -> None:
+    assert released_interpolation(0) == {"interpolate_offset": 0.1, "interpolate_antialias": False}
+    assert released_interpolation(4) == {"interpolate_offset": 0.0, "interpolate_antialias": True}
+
+
+def test_a_part_of_a_teacher_is_not_found(tmp_path: Path) -> None:
+    teacher = with_prefix("backbone.") | {
+        "feature_split.projection.weight": torch.ones(2),
+        "feature_splits.x": STATE["norm.weight"],
+    }
+    torch.save({"teacher": teacher}, tmp_path / "teacher.pth")
+    assert_same_state(read_part(tmp_path / "teacher.pth", "feature_split"), {"projection.weight": torch.ones(2)})
+    assert read_part(tmp_path / "teacher.pth", "ibot_head") == {}
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
+        read_part(tmp_path / "nowhere.pth", "feature_split")

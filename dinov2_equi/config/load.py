@@ -1,4 +1,4 @@
-"""Configuration from defaults, a YAML file and `key=value` overrides, in this order; the last one wins.
+"""Configuration from defaults, YAML files and `key=value` overrides, in this order; the last one wins.
 
 Whatever is wrong with the input ends in a `ConfigError` that names file, key and value.
 """
@@ -27,7 +27,7 @@ from dinov2_equi.config.keys import (
     type_name,
 )
 from dinov2_equi.config.schema import Config
-from dinov2_equi.config.validate import find_problems, value_at
+from dinov2_equi.config.validate import ArchShape, find_problems, value_at
 
 __all__ = ["ConfigError", "load_config", "to_yaml"]
 
@@ -58,34 +58,34 @@ class Setting:
 
 
 def load_config(
-    config_file: Path | None,
+    config_files: Path | Sequence[Path] | None,
     overrides: Sequence[str] = (),
     *,
-    arch_widths: Mapping[str, int],
-    arch_heads: Mapping[str, int],
+    archs: Mapping[str, ArchShape],
     families: Collection[str],
 ) -> Config:
-    """Return the validated configuration: defaults, then the file, then the overrides.
+    """Return the validated configuration: defaults, then the files in their order, then the overrides.
 
     Args:
-        config_file: YAML file with what differs from the defaults; None for the defaults.
+        config_files: YAML file with what differs from the defaults, or several, of which a later one states what
+            differs from those before it; None for the defaults.
         overrides: `key=value` with a dotted key; the value is read as YAML, or taken as it is where the key holds text.
-        arch_widths: token width by architecture name.
-        arch_heads: number of attention heads by architecture name.
+        archs: shape by architecture name.
         families: names of the transform families.
 
     Raises:
         ConfigError: for an unreadable file, unknown keys, wrong types, values out of range, and values that do not
             fit each other; the message lists all problems of the first of these kinds that occurs.
     """
-    settings, problems = _read_all(config_file, overrides)
+    files = _as_sequence(config_files)
+    settings, problems = _read_all(files, overrides)
     if problems:
         raise ConfigError(problems)
     config = _apply(settings)
     sources = {setting.key: setting.source for setting in settings}
-    problems = find_problems(config, arch_widths=arch_widths, arch_heads=arch_heads, families=families)
+    problems = find_problems(config, archs=archs, families=families)
     if problems:
-        raise ConfigError([Problem(p.key, f"{_source_of(p.key, sources, config_file)}: {p.text}") for p in problems])
+        raise ConfigError([Problem(p.key, f"{_source_of(p.key, sources, files)}: {p.text}") for p in problems])
     _warn_of_keys_without_effect(config, sources)
     return config
 
@@ -95,9 +95,15 @@ def to_yaml(config: Config) -> str:
     return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
-def _read_all(config_file: Path | None, overrides: Sequence[str]) -> tuple[list[Setting], list[Problem]]:
+def _as_sequence(config_files: Path | Sequence[Path] | None) -> Sequence[Path]:
+    if config_files is None:
+        return ()
+    return (config_files,) if isinstance(config_files, Path) else config_files
+
+
+def _read_all(config_files: Sequence[Path], overrides: Sequence[str]) -> tuple[list[Setting], list[Problem]]:
     found: list[Setting | Problem] = []
-    if config_file is not None:
+    for config_file in config_files:
         found += _walk(_read_yaml(config_file), "", str(config_file))
     for override in overrides:
         found.append(_parse_override(override))
@@ -257,9 +263,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _source_of(key: str, sources: Mapping[str, str], config_file: Path | None) -> str:
-    """Return where a value was set; for a default that does not fit the rest, the file with the rest."""
-    return sources.get(key, "configuration" if config_file is None else str(config_file))
+def _source_of(key: str, sources: Mapping[str, str], config_files: Sequence[Path]) -> str:
+    """Return where a value was set; for a default that does not fit the rest, the files with the rest."""
+    return sources.get(key, " + ".join(map(str, config_files)) or "configuration")
 
 
 def _warn_of_keys_without_effect(config: Config, sources: Mapping[str, str]) -> None:

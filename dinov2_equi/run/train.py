@@ -2,6 +2,7 @@
 
     python dinov2_equi/run/train.py --config-file configs/quickstart.yaml --output-dir runs/quickstart [key=value ...]
 
+Several configuration files, `--config-file A.yaml B.yaml`, are read in this order; the last to name a key decides.
 Running the same command again goes on where the last run stopped. Exit codes: 0 done, 1 stopped by a numerical fault,
 2 something in the command, configuration or data is wrong, 130 interrupted by the keyboard.
 """
@@ -31,7 +32,7 @@ from dinov2_equi.run.folder import check_run_folder, holds_run, set_aside
 from dinov2_equi.run.pictures import picture_hook
 from dinov2_equi.train.build import build_datasets, check_weight_files, select_device
 from dinov2_equi.train.loop import load_finished, train
-from dinov2_equi.train.settings import load_run_config
+from dinov2_equi.train.settings import load_run_config, split_words
 from dinov2_equi.train.step import NonFiniteLossError
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ EXIT_DONE, EXIT_NON_FINITE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line; flags and `key=value` overrides may stand in any order."""
+    """Return the parser of the command line; flags, further files and overrides may stand in any order."""
     parser = argparse.ArgumentParser(
         description="Train DINOv2 with the equivariance branch.",
         epilog="example: python dinov2_equi/run/train.py --config-file configs/quickstart.yaml "
@@ -48,11 +49,17 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config-file", metavar="FILE", help="YAML with what differs from the defaults")
     parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="FILE|key=value",
+        help="further YAML files with what differs from those before them; configuration keys with the value to use, "
+        "e.g. train.seed=1",
+    )
+    parser.add_argument(
         "--output-dir", "--output_dir", metavar="DIR", help="run folder; default: train.output_dir of the configuration"
     )
     parser.add_argument("--no-resume", action="store_true", help="set an earlier run in the folder aside, start anew")
     parser.add_argument("--eval-only", action="store_true", help="do not train: report on the newest checkpoint")
-    parser.add_argument("opts", nargs="*", metavar="key=value", help="override a configuration key, e.g. train.seed=1")
     return parser
 
 
@@ -84,7 +91,8 @@ def _fail(reason: object, code: int) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    cfg = load_run_config(Path(args.config_file) if args.config_file else None, args.opts)
+    further_files, overrides = split_words(args.words)
+    cfg = load_run_config([*([Path(args.config_file)] if args.config_file else []), *further_files], overrides)
     _check_one_process()
     derived = derive(cfg, world_size=get_world_size())
     device = select_device(cfg)

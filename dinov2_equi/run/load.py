@@ -18,11 +18,10 @@ from dinov2_equi.hub.backbones import released_dinov2
 from dinov2_equi.models.registry import ARCHS
 from dinov2_equi.models.vision_transformer import DinoVisionTransformer
 from dinov2_equi.models.weights import load_exact, read_part
-from dinov2_equi.train.build import load_initial_weights
+from dinov2_equi.train.build import build_initial_student
 from dinov2_equi.train.build_model import equi_block, equi_dim, family_settings, has_split
 from dinov2_equi.train.export import BACKBONE_FILE, TEACHER_FILE
 from dinov2_equi.train.settings import load_run_config
-from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
 
 logger = logging.getLogger(__name__)
 
@@ -131,12 +130,8 @@ def load_initial(folder: Path) -> EvalModel:
         ValueError: if the configuration is no valid one.
     """
     cfg = load_run_config(folder / CONFIG_FILE)
-    with torch.random.fork_rng():
-        torch.manual_seed(cfg.train.seed)
-        model = SSLMetaArch(cfg)
-    load_initial_weights(model, cfg)
-    backbone = model.student["backbone"].eval()
-    split = dict(model.student.items()).get(SPLIT)
+    student = dict(build_initial_student(cfg).items())
+    backbone, split = student["backbone"].eval(), student.get(SPLIT)
     assert isinstance(backbone, DinoVisionTransformer)
     assert split is None or isinstance(split, FeatureSplit)
     return _from_config(f"{folder.resolve().name} before training", cfg, backbone, split)

@@ -180,13 +180,18 @@ def load_initial_weights(model: SSLMetaArch, cfg: Config) -> None:
             load_exact(network["backbone"], chunked)
 
 
-def build_initial_backbone(cfg: Config) -> torch.nn.Module:
-    """Return the backbone as it was before the first step of this configuration; the random state is left alone."""
+def build_initial_student(cfg: Config) -> torch.nn.ModuleDict:
+    """Return the student as it was before the first step of this configuration; the random state is left alone."""
     with torch.random.fork_rng():
         torch.manual_seed(cfg.train.seed)
         model = SSLMetaArch(cfg)
     load_initial_weights(model, cfg)
-    return model.student["backbone"].eval()
+    return model.student
+
+
+def build_initial_backbone(cfg: Config) -> torch.nn.Module:
+    """Return the backbone of `build_initial_student`, in evaluation mode."""
+    return build_initial_student(cfg)["backbone"].eval()
 
 
 def build_schedules(cfg: Config, derived: Derived) -> schedules.Schedules:

@@ -19,7 +19,6 @@ if __package__ in (None, ""):  # started as a file: a clean clone needs the repo
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from dinov2_equi.data.datasets.base import ImageDataset
@@ -30,9 +29,7 @@ from dinov2_equi.evaluation.knn import DEFAULT_KS, TEMPERATURE, weighted_knn
 from dinov2_equi.evaluation.labelled import image_batches, matching_labels
 from dinov2_equi.evaluation.model import RawPixels, load_backbone, random_backbone
 from dinov2_equi.evaluation.results import write_results
-
-RUN_WEIGHTS = "teacher_backbone.safetensors"
-RUN_CONFIG = "config.yaml"
+from dinov2_equi.run.load import load_run
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,7 +37,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--weights", metavar="FILE|random|pixels", help="a weight file, or one of the two baselines")
-    source.add_argument("--run", type=Path, metavar="DIR", help=f"a training run: its {RUN_WEIGHTS} and {RUN_CONFIG}")
+    source.add_argument("--run", type=Path, metavar="DIR", help="a training run: its teacher and config.yaml")
     parser.add_argument("--arch", help="architecture; read off the weight file unless given; vit_small for random")
     parser.add_argument("--patch-size", type=int, default=16, help="patch side in pixels, for random (default: 16)")
     parser.add_argument("--train", required=True, metavar="DATA", help="labelled images that vote")
@@ -73,15 +70,8 @@ def build_model(args: argparse.Namespace) -> tuple[nn.Module, Sequence[float], S
         )
     if args.weights is not None:
         return load_backbone(args.weights, arch=args.arch), IMAGENET_MEAN, IMAGENET_STD
-    config = yaml.safe_load((args.run / RUN_CONFIG).read_text(encoding="utf-8"))
-    student = config["student"]
-    backbone = load_backbone(
-        args.run / RUN_WEIGHTS,
-        arch=student["arch"],
-        interpolate_offset=student["interpolate_offset"],
-        interpolate_antialias=student["interpolate_antialias"],
-    )
-    return backbone, config["data"]["mean"], config["data"]["std"]
+    model = load_run(args.run)
+    return model.backbone, model.mean, model.std
 
 
 def run(args: argparse.Namespace) -> dict[int, float]:

@@ -89,7 +89,7 @@ def test_a_run_folder_is_scored_with_its_own_settings(
 
     monkeypatch.setattr(knn, "extract_features", record)
     assert knn.main(arguments(images, "--run", str(tmp_path), "--output", str(tmp_path / "deep" / "r.json"))) == 0
-    assert (used["mean"], used["std"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    assert (used["mean"], used["std"]) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert (used["offset"], used["antialias"]) == (0.0, True)
     assert 0 <= json.loads((tmp_path / "deep" / "r.json").read_text())["numbers"]["top1"]["5"] <= 1
 

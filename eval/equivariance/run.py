@@ -93,6 +93,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     probe.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     probe.add_argument("--draws", type=int, default=4, help="transforms of each image (default: 4)")
     probe.add_argument("--epochs", type=int, default=20, help="passes of the regression (default: 20)")
+    probe.add_argument(
+        "--fractions",
+        type=float,
+        nargs="*",
+        default=[0.25, 0.5, 0.75],
+        metavar="SHARE",
+        help="of the pairs, for the curve over their number; nothing: no curve (default: 0.25 0.5 0.75)",
+    )
     probe.add_argument("--hidden", type=int, default=1024, help="units of its two hidden layers (default: 1024)")
     probe.add_argument("--fill", choices=FILLS, help="what lies outside an image (default: as each run was trained)")
     probe.add_argument("--k", type=int, nargs="+", default=[10, 20], help="neighbours of the k-NN (default: 10 20)")
@@ -192,6 +200,7 @@ def probe_settings(args: argparse.Namespace) -> ProbeSettings:
         draws=args.draws,
         epochs=args.epochs,
         hidden=args.hidden,
+        fractions=args.fractions,
         curve_features="both" if "both" in args.features else args.features[0],
         ks=args.k,
         batch_size=args.batch_size,

@@ -117,6 +117,19 @@ def test_a_run_is_not_compared_with_its_own_start(
     assert (run / "results.json").read_bytes() == before  # those of the training
 
 
+def test_curve_over_the_pairs_is_measured_where_it_is_asked_for(
+    tmp_path: Path, images: Path, script: ModuleType
+) -> None:
+    counts = {}
+    for shares in ([], ["0.5"]):
+        output = tmp_path / str(len(shares))
+        words = ["--data", str(images), "--families", "rotation", "--seeds", "0", *QUICK, "--output", str(output)]
+        assert script.main([*TINY, *words, "--fractions", *shares]) == 0
+        (numbers,) = results(output)["numbers"].values()
+        counts[len(shares)] = list(numbers["families"]["rotation"]["r2_by_pairs"])
+    assert counts == {0: ["24"], 1: ["12", "24"]}
+
+
 def test_a_folder_is_not_split_into_halves(tmp_path: Path, script: ModuleType) -> None:
     folder = write_images(tmp_path / "photos", 12)
     seen = []

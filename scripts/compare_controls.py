@@ -1,16 +1,17 @@
 """Train a configuration and its controls over several seeds, and put what they reached into one table.
 
     python scripts/compare_controls.py --config configs/photos_2cores.yaml --output-dir runs/controls \
-        --seeds 0 1 2 --jobs 2 train.dataset_path=/path/to/images train.num_threads=1
+        --seeds 0 1 2 --jobs 2 --knn-train IMAGES/train --knn-val IMAGES/val \
+        --probe "--train IMAGES/train --test IMAGES/val --seeds 0 --fractions" \
+        train.dataset_path=IMAGES/train train.num_threads=1
 
 Each control is a file in `configs/controls`, put after the configuration. `--controls base transform_only` takes some
 of them; `base` is the configuration as it is. `--variant weight_30 equi.loss_weight=30` adds a row of your own.
 
 Each run is an ordinary training run in its own folder, NAME_seedN: a finished one is not repeated, an interrupted one
-goes on. With `--knn-train` and `--knn-val` the k-NN accuracy is measured too. R2 of each family stands in the table
-once it has been measured of the runs; then start this script again:
-
-    for run in runs/controls/*_seed*; do python eval/equivariance/run.py --weights $run random --data FOLDER; done
+goes on. With `--knn-train` and `--knn-val` the k-NN accuracy is measured too, and with `--probe` R2 of each family:
+what it is given are arguments of `eval/equivariance/run.py`, in quotes. The random weights are probed once for each
+seed, beside the first control.
 
 Writes `comparison.json` and `comparison.md`, and prints the table. Exit code 1: a run failed, and the table lacks it.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -42,6 +44,10 @@ UNTRAINED = "(random weights)"
 UNTRAINED_MARK = "untrained: "
 LAST_SHARE = 0.1
 """Share of the run, at its end, over which logged losses are averaged: single steps are noisy."""
+PROBE_FOLDER = Path("eval", "equivariance")
+PROBE_COMMAND = "arguments.json"
+"""What the probe in this folder was asked for, so that it is not repeated."""
+
 OWN_PROBE = "r2_rotation"
 COLUMNS = {
     OWN_PROBE: "R2 rotation, run's own probe",
@@ -77,6 +83,8 @@ class Job:
     files: tuple[Path, ...]
     overrides: tuple[str, ...]
     config_text: str
+    is_first: bool
+    """The first of its seed: beside it the weights that the runs of this seed start from are measured."""
 
     def is_finished(self) -> bool:
         """Return whether the folder holds the results of exactly this run."""
@@ -107,7 +115,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--knn-val", metavar="DATA", help="labelled images that are classified")
     add("--knn-size", type=int, default=64, help="image side for k-NN, pixels (default: 64)")
     add("--k", type=int, default=20, help="neighbours (default: 20)")
-    add("--features", default="both", help="features whose R2 is shown (default: both)")
+    add("--probe", metavar='"ARGUMENTS"', help="measure R2 by eval/equivariance/run.py, which is given these arguments")
+    add("--features", nargs="+", default=["both"], metavar="NAME", help="features whose R2 is shown (default: both)")
     add("words", nargs="*", metavar="FILE|key=value", help="for every run, before the controls")
     return parser
 
@@ -116,7 +125,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line, with `variants`, the rows of the table."""
     parser = get_parser()
     args = parser.parse_intermixed_args(argv)
-    for name in ("controls", "seeds"):  # a list takes all words up to the next option
+    for name in ("controls", "seeds", "features"):  # a list takes all words up to the next option
         swallowed = [word for word in getattr(args, name) if "=" in word or word.endswith((".yaml", ".yml"))]
         setattr(args, name, [word for word in getattr(args, name) if word not in swallowed])
         args.words = [*swallowed, *args.words]
@@ -158,13 +167,15 @@ def make_jobs(args: argparse.Namespace) -> list[Job]:
     files, overrides = split_words(args.words)
     base = output_dir / "base.yaml"
     write_text_atomically(base, to_yaml(load_run_config([args.config, *files], overrides)))
-    return [_make_job(variant, seed, base) for seed in args.seeds for variant in args.variants]
+    first = args.variants[0]
+    return [_make_job(variant, seed, base, variant is first) for seed in args.seeds for variant in args.variants]
 
 
-def _make_job(variant: Variant, seed: int, base: Path) -> Job:
+def _make_job(variant: Variant, seed: int, base: Path, is_first: bool) -> Job:
     files, overrides = (base, *variant.files), (*variant.overrides, f"train.seed={seed}")
     config_text = to_yaml(load_run_config(files, overrides))
-    return Job(variant.name, seed, base.parent / f"{variant.name}_seed{seed}", files, overrides, config_text)
+    folder = base.parent / f"{variant.name}_seed{seed}"
+    return Job(variant.name, seed, folder, files, overrides, config_text, is_first)
 
 
 def run_job(job: Job, args: argparse.Namespace) -> Numbers | str:
@@ -175,6 +186,8 @@ def run_job(job: Job, args: argparse.Namespace) -> Numbers | str:
             _call("dinov2_equi/run/train.py", "--output-dir", str(job.folder), "--config-file", *files, *job.overrides)
         if args.knn_train:
             _measure_knn(job.folder, args)
+        if args.probe is not None:
+            _measure_r2(job, args.probe)
         numbers = read_numbers(job.folder, features=args.features, k=args.k)
     except (RuntimeError, OSError, ValueError) as error:
         _say(f"FAILED: {job.variant}, seed {job.seed}: {error}")
@@ -192,6 +205,16 @@ def _measure_knn(folder: Path, args: argparse.Namespace) -> None:
         _call("eval/classification/knn.py", "--run", str(folder), *data, "--output", str(output))
 
 
+def _measure_r2(job: Job, wanted: str) -> None:
+    """Probe a run, and the random weights where it is the first of its seed, unless just that has been done."""
+    weights = [str(job.folder), *(["random"] if job.is_first else [])]
+    arguments = ["--weights", *weights, *shlex.split(wanted)]
+    note = job.folder / PROBE_FOLDER / PROBE_COMMAND
+    if not note.is_file() or json.loads(note.read_text()) != arguments:
+        _call("eval/equivariance/run.py", *arguments, "--output", str(note.parent))
+        write_text_atomically(note, json.dumps(arguments))
+
+
 def _call(script: str, *arguments: str) -> None:
     command = [sys.executable, str(ROOT / script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -204,7 +227,7 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
-def read_numbers(folder: Path, *, features: str = "both", k: int = 20) -> Numbers:
+def read_numbers(folder: Path, *, features: Sequence[str] = ("both",), k: int = 20) -> Numbers:
     """Return what a finished run has measured: its own results, its log, and k-NN and R2 where they are there."""
     own = json.loads((folder / "results.json").read_text())["numbers"]
     numbers = _read_log(folder)
@@ -235,14 +258,19 @@ def _read_log(folder: Path) -> Numbers:
     return numbers | ({"gradient_ratio": ratios[-1]} if ratios else {})
 
 
-def _read_r2(folder: Path, features: str) -> Iterator[tuple[str, float]]:
-    """Yield `R2 FAMILY` and its mean over the seeds of the probe, for each family that was measured of a run."""
-    path = folder / "eval" / "equivariance" / "results.json"
+def _read_r2(folder: Path, features: Sequence[str]) -> Iterator[tuple[str, float]]:
+    """Yield `R2 FAMILY` and its mean over the seeds of the probe, for each family that was measured of a run.
+
+    The first of the features need not be named in the table, further ones stand behind a comma.
+    """
+    path = folder / PROBE_FOLDER / "results.json"
     models = json.loads(path.read_text())["numbers"] if path.is_file() else {}
     for mark, model in (("", folder.name), (UNTRAINED_MARK, f"{folder.name} before training")):
         for family, scores in models.get(model, {"families": {}})["families"].items():
-            if features in scores["r2"]:
-                yield f"{mark}R2 {family}", scores["r2"][features]["pooled"]["mean"]
+            for name in features:
+                if name in scores["r2"]:
+                    suffix = "" if name == features[0] else f", {name}"
+                    yield f"{mark}R2 {family}{suffix}", scores["r2"][name]["pooled"]["mean"]
 
 
 def summarise(runs: Sequence[tuple[Job, Numbers]]) -> Summary:

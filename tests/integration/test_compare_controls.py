@@ -205,6 +205,9 @@ def test_measured_r2_and_random_weights_are_missing(
     assert "R2 blur | R2 rotation" in out and "0.550 ± 0.071" in out
     assert compare(*arguments, "--features", "cls") == 0
     assert comparison(tmp_path)["rows"]["base"]["R2 rotation"]["values"] == [0.0, 0.0]
+    assert compare(*arguments, "--features", "cls", "both") == 0
+    row = comparison(tmp_path)["rows"]["base"]
+    assert [row[key]["values"][0] for key in ("R2 rotation", "R2 rotation, both")] == [0.0, 0.5]
 
 
 def measured(r2: float) -> dict[str, Any]:
@@ -236,6 +239,34 @@ def test_knn_is_measured_once_for_each_setting(
     assert compare(*knn) == compare(*knn) == compare(*knn, "--knn-size", "32") == 0
     assert measured_with == ["64", "32"]
     assert comparison(tmp_path)["rows"]["base"]["knn"]["values"] == [0.25]
+
+
+def test_probe_is_repeated_or_random_weights_are_probed_beside_every_control(
+    script: ModuleType, compare: Compare, started: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, probed = script._call, []
+
+    def call(name: str, *arguments: str) -> None:
+        if name != "eval/equivariance/run.py":
+            return train(name, *arguments)
+        output = Path(arguments[arguments.index("--output") + 1])
+        weights = arguments[1 : arguments.index("--seeds")]
+        probed.append([Path(word).name for word in weights])
+        folder = Path(weights[0]).name
+        scores = {folder: measured(0.5)} | (
+            {f"{folder} before training": measured(0.25)} if "random" in weights else {}
+        )
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "results.json").write_text(json.dumps({"numbers": scores}))
+
+    monkeypatch.setattr(script, "_call", call)
+    arguments = ("--controls", "base", "transform_only", "--seeds", "0", *TINY, "--probe")
+    first = [["base_seed0", "random"], ["transform_only_seed0"]]
+    assert compare(*arguments, "--seeds 0") == compare(*arguments, "--seeds 0") == 0
+    assert probed == first
+    assert comparison(tmp_path)["rows"]["(random weights)"]["R2 rotation"]["values"] == [0.25]
+    assert compare(*arguments, "--seeds 0 1") == 0
+    assert probed == first * 2
 
 
 @pytest.mark.parametrize(

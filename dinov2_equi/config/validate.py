@@ -402,6 +402,9 @@ def _decoder_problems(config: Config) -> Iterator[Problem]:
     if decoder.half_resolution and (patch % 2 or patch < 4):
         text = f"equi.decoder.half_resolution needs an even student.patch_size of 4 or more, got {patch}"
         yield Problem("equi.decoder.half_resolution", text)
+    if decoder.type == "upconv" and patch < 2:
+        text = f"equi.decoder.type upconv doubles the grid at least once: needs student.patch_size >= 2, got {patch}"
+        yield Problem("equi.decoder.type", text)
     if decoder.type == "transformer":
         yield from _transformer_problems(decoder.width, decoder.num_heads)
     elif decoder.patch_fraction < 1:

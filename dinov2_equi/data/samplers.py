@@ -19,6 +19,8 @@ class RandomStream(enum.IntEnum):
     ORDER = 0
     AUGMENTATION = 1
     MASKS = 2
+    PATCHES = 3
+    """Which patches the equivariance branch reconstructs."""
 
 
 def random_generator(stream: RandomStream, seed: int, number: int) -> np.random.Generator:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from dinov2_equi.equi.families.base import TransformFamily
-from dinov2_equi.equi.sampling import draw_theta
+from dinov2_equi.equi.sampling import draw_patches, draw_theta
 from dinov2_equi.equi.targets import Target
 from dinov2_equi.equi.tokens import EquiOutput, EquiTargets, EquiTokens
 from dinov2_equi.equi.views import EquiViews, make_views
@@ -27,6 +27,7 @@ class EquivarianceBranch(nn.Module):
         num_steps: int = 2,
         include_final: bool = False,
         only_unmasked: bool = False,
+        patch_fraction: float = 1.0,
     ) -> None:
         """Join a transform family and an objective.
 
@@ -37,6 +38,8 @@ class EquivarianceBranch(nn.Module):
             num_steps: S, number of images between the views, at least 1.
             include_final: draw the second view as well.
             only_unmasked: count only the images of which no patch is hidden in either view.
+            patch_fraction: share of the patches that are drawn in a training step, in (0, 1]; below 1 the decoder
+                must have `decode_patches`.
 
         Raises:
             ValueError: if `num_steps` is below 1.
@@ -50,13 +53,16 @@ class EquivarianceBranch(nn.Module):
         self.num_steps = num_steps if objective is not None and target.is_path else 0
         self.include_final = include_final
         self.only_unmasked = only_unmasked
+        self.patch_fraction = patch_fraction
 
     def make_views(self, crops: Tensor, positions: Tensor, seed: int) -> EquiViews:
         """Return view 2 and the path of crops [B, 3, H, W] in [0, 1] at sample positions [B] of a seeded run."""
         theta = draw_theta(self.family, positions, seed)  # [B, P]
         return make_views(crops, self.family, theta, self.num_steps, include_final=self.include_final)
 
-    def make_targets(self, crops_1: Tensor, crops_2: Tensor, views: EquiViews, masks: Tensor) -> EquiTargets:
+    def make_targets(
+        self, crops_1: Tensor, crops_2: Tensor, views: EquiViews, masks: Tensor, *, positions: Tensor, seed: int
+    ) -> EquiTargets:
         """Return what the objective has to find.
 
         Args:
@@ -64,6 +70,8 @@ class EquivarianceBranch(nn.Module):
             crops_2: [B, 3, H, W] in [0, 1], the second crop before the transform.
             views: what `make_views` made of it.
             masks: [2 * B, N] bool, patches hidden from the student, those of view 1 first.
+            positions: [B] sample positions.
+            seed: of the run.
         """
         masks_1, masks_2 = masks.chunk(2)  # [B, N]
         weights = None
@@ -71,8 +79,13 @@ class EquivarianceBranch(nn.Module):
             weights = masks_1.float()
         elif self.only_unmasked:
             weights = (~(masks_1 | masks_2).any(dim=1, keepdim=True)).float()  # [B, 1]
+        chosen = None
+        if self.patch_fraction < 1:
+            num_patches = masks_1.shape[1]
+            chosen = draw_patches(positions, seed, num_patches=num_patches, fraction=self.patch_fraction)
+            chosen = chosen.to(crops_1.device)
         theta = self.family.normalized(views.theta).to(crops_1.device)
-        return EquiTargets(self.target.images(crops_1, crops_2, views), theta, weights)
+        return EquiTargets(self.target.images(crops_1, crops_2, views), theta, weights, chosen)
 
     def forward(self, view_1: EquiTokens, view_2: EquiTokens, targets: EquiTargets) -> EquiOutput:
         """Return the loss of the objective.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,22 +16,17 @@ from dinov2_equi.equi.tokens import EquiOutput, EquiTargets, EquiTokens
 class Reconstruction(nn.Module):
     """Draws images from the tokens of two views, and measures the squared error of the pixels."""
 
-    def __init__(
-        self, decoder: nn.Module, patch_size: int, *, patch_fraction: float = 1.0, view_1_alone: bool = False
-    ) -> None:
+    def __init__(self, decoder: nn.Module, patch_size: int, *, view_1_alone: bool = False) -> None:
         """Wrap a decoder.
 
         Args:
             decoder: see `decoders.base.Decoder`; may draw at half the resolution of the images.
             patch_size: pixels of an image that a token stands for on each side.
-            patch_fraction: share of the patches that are drawn in a training step, in (0, 1]; below 1 the decoder
-                must have `decode_patches`.
             view_1_alone: give the decoder view 1 twice instead of both views.
         """
         super().__init__()
         self.decoder: Any = decoder
         self.patch_size = patch_size
-        self.patch_fraction = patch_fraction
         self.view_1_alone = view_1_alone
 
     def reconstruct(self, view_1: EquiTokens, view_2: EquiTokens, size: tuple[int, int]) -> Tensor:
@@ -54,9 +48,8 @@ class Reconstruction(nn.Module):
         size = (targets.images.shape[-2], targets.images.shape[-1])
         tokens_1, tokens_2, grid, cls = self._inputs(view_1, view_2, size)
         wanted = patchify(self.resized(targets.images), self.decoder.patch_size)  # [S, B, N, 3 * p * p]
-        weights = targets.weights
-        if self.patch_fraction < 1:
-            chosen = self._choose_patches(len(tokens_1), tokens_1.shape[1], tokens_1.device)  # [B, n]
+        weights, chosen = targets.weights, targets.chosen
+        if chosen is not None:
             drawn = self.decoder.decode_patches(tokens_1, tokens_2, grid, chosen, cls)
             wanted = select_patches(wanted, chosen)
             if weights is not None:
@@ -81,8 +74,3 @@ class Reconstruction(nn.Module):
             )
         cls = None if view_1.cls is None or second.cls is None else (view_1.cls, second.cls)
         return view_1.patches, second.patches, grid, cls
-
-    def _choose_patches(self, batch_size: int, num_patches: int, device: torch.device) -> Tensor:
-        """Return the patches to draw of each image, [B, n] int64, without repetition."""
-        count = max(1, round(self.patch_fraction * num_patches))
-        return torch.rand(batch_size, num_patches, device=device).argsort(dim=1)[:, :count]

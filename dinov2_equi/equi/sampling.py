@@ -1,4 +1,4 @@
-"""The transformation path: drawn parameters and the points between the identity and them."""
+"""What is random about the branch: drawn parameters and the path to them, and the patches that are drawn in a step."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinov2_equi.data.samplers import RandomStream, random_generator
 from dinov2_equi.equi.families.base import TransformFamily
 
 
@@ -24,6 +25,23 @@ def draw_theta(family: TransformFamily, positions: Tensor, seed: int) -> Tensor:
         state = np.random.SeedSequence((seed, position)).generate_state(1, np.uint64)
         draws.append(family.draw(1, torch.Generator().manual_seed(int(state[0]))))
     return torch.cat(draws)
+
+
+def draw_patches(positions: Tensor, seed: int, *, num_patches: int, fraction: float) -> Tensor:
+    """Return the patches to reconstruct of each sample, [B, n] int64 on the CPU, without repetition; n is at least 1.
+
+    A pure function of (seed, sample position), as `draw_theta`: the random state of the process, which draws the
+    stochastic depth of the same step, is not touched.
+
+    Args:
+        positions: [B] int64 sample positions.
+        seed: seed of the run.
+        num_patches: N, patches of an image.
+        fraction: share of them, in (0, 1].
+    """
+    count = max(1, round(fraction * num_patches))
+    streams = (random_generator(RandomStream.PATCHES, seed, position) for position in positions.tolist())
+    return torch.from_numpy(np.stack([stream.permutation(num_patches)[:count] for stream in streams]))
 
 
 def path_points(family: TransformFamily, theta: Tensor, num_steps: int) -> Tensor:

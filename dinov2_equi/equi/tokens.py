@@ -28,11 +28,13 @@ class EquiTargets:
         images: [S, B, 3, H, W] float32 in [0, 1], un-normalised; S = 0 where theta is wanted.
         theta: [B, P] float32 in [-1, 1], the parameters as a share of their range.
         weights: [B, N] or [B, 1], non-negative, how much each patch counts; None: all the same.
+        chosen: [B, n] int64, the patches of each image that are drawn; None: all.
     """
 
     images: Tensor
     theta: Tensor
     weights: Tensor | None = None
+    chosen: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,7 @@ def build_branch(cfg: Config) -> EquivarianceBranch | None:
         num_steps=equi.num_steps,
         include_final=equi.include_final,
         only_unmasked=equi.only_unmasked,
+        patch_fraction=equi.decoder.patch_fraction,
     )
 
 
@@ -153,7 +154,6 @@ def _build_objective(cfg: Config, *, num_params: int) -> nn.Module:
     return Reconstruction(
         build_decoder(decoder.type, settings),
         patch_size,
-        patch_fraction=decoder.patch_fraction,
         view_1_alone=target.view_1_alone,
     )
 

@@ -14,7 +14,8 @@ from dinov2_equi.data.transforms import normalize
 from dinov2_equi.equi.branch import EquivarianceBranch
 from dinov2_equi.equi.metrics import feature_metrics, gradient_ratio
 from dinov2_equi.equi.reconstruction import Reconstruction
-from dinov2_equi.equi.tokens import EquiTokens
+from dinov2_equi.equi.tokens import EquiTargets, EquiTokens
+from dinov2_equi.equi.views import EquiViews
 from dinov2_equi.fsdp.ema import update_ema_
 from dinov2_equi.loss.dino_clstoken_loss import DINOLoss
 from dinov2_equi.loss.ibot_patch_loss import iBOTPatchLoss
@@ -115,7 +116,7 @@ class SSLMetaArch(nn.Module):
         tokens = self._tokens_of(self.student, images)
         if self._teacher_is_source:
             tokens = (tokens[0], self._tokens_of(self.teacher, images)[1])
-        targets = self.equi.make_targets(crops_1, crops_2, views, batch.masks)
+        targets = self._equi_targets(self.equi, views, batch)
         return Preview(
             view_1=crops_1,
             view_2=views.view_2,
@@ -132,8 +133,14 @@ class SSLMetaArch(nn.Module):
             equi_views = self.equi.make_views(crops_2, batch.positions, self.cfg.train.seed)
             view_2 = equi_views.view_2
             if self.equi.objective is not None:
-                targets = self.equi.make_targets(crops_1, crops_2, equi_views, batch.masks)
+                targets = self._equi_targets(self.equi, equi_views, batch)
         return Views(self._normalize(torch.cat([crops_1, view_2])), self._normalize(batch.local_crops), targets)
+
+    def _equi_targets(self, branch: EquivarianceBranch, views: EquiViews, batch: Batch) -> EquiTargets:
+        crops_1, crops_2 = batch.global_crops.chunk(NUM_GLOBAL_CROPS)
+        return branch.make_targets(
+            crops_1, crops_2, views, batch.masks, positions=batch.positions, seed=self.cfg.train.seed
+        )
 
     def _normalize(self, images: Tensor) -> Tensor:
         return normalize(images, self.cfg.data.mean, self.cfg.data.std)

@@ -236,6 +236,11 @@ def test_choices_hold_their_own_defaults() -> None:
             ["4 or more", "got 2"],
         ),
         (
+            {"equi__family": "se2", "equi__decoder__type": "upconv", "student__patch_size": 1},
+            "equi.decoder.type",
+            ["student.patch_size >= 2", "got 1"],
+        ),
+        (
             {"equi__family": "se2", "equi__decoder__type": "upconv", "equi__decoder__patch_fraction": 0.5},
             "equi.decoder.patch_fraction",
             ["equi.decoder.type transformer", "'upconv'"],

@@ -18,7 +18,7 @@ from dinov2_equi.equi.decoders.transformer import TransformerDecoder
 from dinov2_equi.equi.families.base import FamilySettings, RangedFamily
 from dinov2_equi.equi.families.registry import FAMILIES, build_family
 from dinov2_equi.equi.reconstruction import Reconstruction
-from dinov2_equi.equi.sampling import draw_theta
+from dinov2_equi.equi.sampling import draw_patches, draw_theta
 from dinov2_equi.equi.targets import TARGETS
 from dinov2_equi.equi.tokens import EquiTokens
 
@@ -51,6 +51,7 @@ def crops(noise: Noise) -> tuple[Tensor, Tensor]:
     return noise(B, 3, *SIZE, seed=3), noise(B, 3, *SIZE, seed=4)
 
 
+POSITIONS = torch.tensor([7, 3])
 NOTHING_HIDDEN = torch.zeros(2 * B, N, dtype=torch.bool)
 
 
@@ -112,14 +113,23 @@ def test_images_of_the_path_that_nobody_asked_for_are_made(target: str, with_obj
 def test_theta_is_given_as_a_share_of_its_range(crops: tuple[Tensor, Tensor]) -> None:
     branch = build()
     views = branch.make_views(crops[1], torch.tensor([7, 3]), seed=5)
-    targets = branch.make_targets(*crops, views, NOTHING_HIDDEN)
+    targets = branch.make_targets(*crops, views, NOTHING_HIDDEN, positions=POSITIONS, seed=0)
     torch.testing.assert_close(targets.theta, views.theta / torch.tensor([45.0, 10.0, 10.0]), rtol=1e-6, atol=1e-7)
 
 
 def test_without_a_choice_all_patches_count_alike(crops: tuple[Tensor, Tensor]) -> None:
     branch = build()
     views = branch.make_views(crops[1], torch.arange(B), seed=0)
-    assert branch.make_targets(*crops, views, ~NOTHING_HIDDEN).weights is None
+    assert branch.make_targets(*crops, views, ~NOTHING_HIDDEN, positions=POSITIONS, seed=0).weights is None
+
+
+def test_patches_to_draw_are_those_of_the_sample_positions(crops: tuple[Tensor, Tensor]) -> None:
+    branch = build(patch_fraction=0.4)
+    views = branch.make_views(crops[1], POSITIONS, seed=5)
+    chosen = branch.make_targets(*crops, views, NOTHING_HIDDEN, positions=POSITIONS, seed=5).chosen
+    assert chosen is not None
+    assert torch.equal(chosen, draw_patches(POSITIONS, 5, num_patches=N, fraction=0.4))
+    assert build().make_targets(*crops, views, NOTHING_HIDDEN, positions=POSITIONS, seed=5).chosen is None
 
 
 @pytest.mark.parametrize("target", ["path", "view_1", "theta"])
@@ -141,7 +151,7 @@ def test_only_images_without_a_mask_in_either_view_count(
     for crop, patch in hidden:
         masks[crop, patch] = True
     views = branch.make_views(crops[1], torch.arange(B), seed=0)
-    given = branch.make_targets(*crops, views, masks).weights
+    given = branch.make_targets(*crops, views, masks, positions=POSITIONS, seed=0).weights
     assert given is not None
     assert given.shape == (B, 1)
     assert given.flatten().tolist() == weights
@@ -150,7 +160,7 @@ def test_only_images_without_a_mask_in_either_view_count(
 def test_masked_target_counts_the_patches_hidden_from_view_1(crops: tuple[Tensor, Tensor], noise: Noise) -> None:
     branch, masks = build(target="masked"), noise(2 * B, N, seed=8) < 0.5
     views = branch.make_views(crops[1], torch.arange(B), seed=0)
-    weights = branch.make_targets(*crops, views, masks).weights
+    weights = branch.make_targets(*crops, views, masks, positions=POSITIONS, seed=0).weights
     assert weights is not None
     assert torch.equal(weights, masks[:B].float())
 
@@ -169,7 +179,7 @@ def test_transform_parameters_are_no_input() -> None:
 def test_result_is_that_of_the_objective(tokens: tuple[EquiTokens, EquiTokens], crops: tuple[Tensor, Tensor]) -> None:
     branch = build()
     views = branch.make_views(crops[1], torch.arange(B), seed=0)
-    targets = branch.make_targets(*crops, views, NOTHING_HIDDEN)
+    targets = branch.make_targets(*crops, views, NOTHING_HIDDEN, positions=POSITIONS, seed=0)
     output, expected = branch(*tokens, targets), branch.objective(*tokens, targets)  # type: ignore[misc]
     assert torch.equal(output.loss, expected.loss)
     assert output.metrics.keys() == expected.metrics.keys()
@@ -178,7 +188,7 @@ def test_result_is_that_of_the_objective(tokens: tuple[EquiTokens, EquiTokens], 
 def test_loss_falls_when_the_branch_is_trained_on_one_batch(crops: tuple[Tensor, Tensor]) -> None:
     branch = build()
     views = branch.make_views(crops[1], torch.arange(B), seed=0)
-    targets = branch.make_targets(*crops, views, NOTHING_HIDDEN)
+    targets = branch.make_targets(*crops, views, NOTHING_HIDDEN, positions=POSITIONS, seed=0)
     patches = torch.nn.functional.unfold(crops[1], P, stride=P).transpose(1, 2)[..., :D_EQUI]  # part of the pixels
     tokens = EquiTokens(patches), EquiTokens(patches.flip(1))
     optimizer = torch.optim.Adam(branch.parameters(), lr=1e-2)
@@ -201,7 +211,7 @@ def test_branch_without_objective_refuses_to_look_for_anything(
     branch = build(with_objective=False)
     views = branch.make_views(crops[1], torch.arange(B), seed=0)
     with pytest.raises(ValueError, match=r"no objective \(equi.loss_weight is 0\)"):
-        branch(*tokens, branch.make_targets(*crops, views, NOTHING_HIDDEN))
+        branch(*tokens, branch.make_targets(*crops, views, NOTHING_HIDDEN, positions=POSITIONS, seed=0))
 
 
 def test_branch_without_objective_has_no_parameter() -> None:
@@ -221,7 +231,7 @@ def test_objective_for_another_number_of_images_is_refused(
     branch.num_steps = S + 1
     views = branch.make_views(crops[1], torch.arange(B), seed=0)
     with pytest.raises(ValueError, match="must have one shape"):
-        branch(*tokens, branch.make_targets(*crops, views, NOTHING_HIDDEN))
+        branch(*tokens, branch.make_targets(*crops, views, NOTHING_HIDDEN, positions=POSITIONS, seed=0))
 
 
 # --------------------------------------------------------------------------------------------------------- a new family
@@ -249,7 +259,7 @@ def test_a_new_family_needs_one_class_and_one_line(
     assert (shift.abs() > 0.01).all()
     for image, fraction in zip(views.path, (1 / 3, 2 / 3), strict=True):
         torch.testing.assert_close((image - crops).mean(dim=(1, 2, 3)), shift * fraction, rtol=0, atol=1e-6)
-    output = branch(*tokens, branch.make_targets(crops, crops, views, NOTHING_HIDDEN))
+    output = branch(*tokens, branch.make_targets(crops, crops, views, NOTHING_HIDDEN, positions=POSITIONS, seed=0))
     output.loss.backward()
     assert math.isfinite(output.loss.item())
     assert all(p.grad is not None for p in branch.parameters())

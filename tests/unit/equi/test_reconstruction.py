@@ -24,6 +24,7 @@ B, GRID, P, D_EQUI, S = 2, (3, 5), 4, 6, 2
 SIZE = (GRID[0] * P, GRID[1] * P)
 N = GRID[0] * GRID[1]
 THETA = torch.zeros(B, 1)
+CHOSEN = torch.tensor([[3, 0, 14, 7, 1, 2], [7, 2, 5, 4, 3, 0]])  # of 15 patches
 
 
 def build(kind: str = "transformer", *, half: bool = False, shared: bool = True, **choices: Any) -> Reconstruction:
@@ -161,14 +162,11 @@ def test_share_of_the_patches_equals_those_patches_drawn_and_compared(
     views_with_cls: Views,
     images: Tensor,
     noise: Noise,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = views_with_cls if with_cls else views
     weights = noise(B, N, seed=6) if weighted else None
-    objective = build(**choice, patch_fraction=0.4)
-    chosen = torch.tensor([[3, 0, 14, 7, 1, 2], [7, 2, 5, 4, 3, 0]])  # 0.4 of 15
-    monkeypatch.setattr(objective, "_choose_patches", lambda *args: chosen)
-    output = objective(*given, EquiTargets(images, THETA, weights))
+    objective, chosen = build(**choice), CHOSEN
+    output = objective(*given, EquiTargets(images, THETA, weights, chosen))
     cls = (given[0].cls, given[1].cls) if with_cls else None
     drawn = objective.decoder.decode_patches(given[0].patches, given[1].patches, GRID, chosen, cls)
     wanted = patchify(objective.resized(images), objective.decoder.patch_size)
@@ -183,43 +181,18 @@ def test_share_of_the_patches_equals_those_patches_drawn_and_compared(
 
 
 def test_weights_of_whole_images_fit_a_share_of_their_patches(views: Views, images: Tensor) -> None:
-    objective = build(patch_fraction=0.4)
-    targets = EquiTargets(images, THETA, torch.tensor([[0.0], [1.0]]))
-    torch.manual_seed(1)
+    objective = build()
+    targets = EquiTargets(images, THETA, torch.tensor([[0.0], [1.0]]), CHOSEN)
     loss = objective(*views, targets).loss
-    torch.manual_seed(1)
     changed = EquiTokens(torch.cat([views[0].patches[:1] + 1, views[0].patches[1:]]))
     torch.testing.assert_close(objective(changed, views[1], targets).loss, loss, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize(("fraction", "count"), [(0.5, 8), (0.4, 6), (0.01, 1), (0.999, 15)])
-def test_number_of_patches_is_the_share_rounded_and_at_least_one(fraction: float, count: int) -> None:
-    chosen = build(patch_fraction=fraction)._choose_patches(B, N, torch.device("cpu"))
-    assert chosen.shape == (B, count)
-    for patches in chosen.tolist():
-        assert len(set(patches)) == count
-        assert set(patches) <= set(range(N))
-
-
-def test_patches_are_drawn_for_each_image_and_step_anew() -> None:
-    objective, cpu = build(patch_fraction=0.4), torch.device("cpu")
-    torch.manual_seed(0)
-    draws = [tuple(sorted(row)) for _ in range(20) for row in objective._choose_patches(B, N, cpu).tolist()]
-    assert len(set(draws)) > 30  # of 5005 subsets
-    counts = torch.bincount(torch.tensor(draws).flatten(), minlength=N)
-    assert counts.min() > 0  # no patch is left out: 16 of 40 expected
-
-
-def test_all_patches_are_drawn_without_a_random_number(views: Views, images: Tensor) -> None:
-    objective = build(patch_fraction=1.0)
-    before = torch.get_rng_state()
-    objective(*views, EquiTargets(images, THETA))
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_pictures_show_all_patches_whatever_the_share(views: Views) -> None:
-    whole, part = build(), build(patch_fraction=0.4)
-    assert torch.equal(part.reconstruct(*views, SIZE), whole.reconstruct(*views, SIZE))
+def test_pictures_show_some_patches_alone_after_a_step_that_drew_some(views: Views, images: Tensor) -> None:
+    objective = build()
+    before = objective.reconstruct(*views, SIZE)
+    objective(*views, EquiTargets(images, THETA, chosen=CHOSEN))
+    assert torch.equal(objective.reconstruct(*views, SIZE), before)
 
 
 # ------------------------------------------------------------------------------------------------------------ the views
@@ -235,15 +208,13 @@ def test_both_views_are_seen(choice: dict[str, Any], views: Views, images: Tenso
         assert view.patches.grad.abs().amax(dim=-1).min() > 0
 
 
-@pytest.mark.parametrize("fraction", [1.0, 0.4])
-def test_view_1_alone_never_sees_view_2(fraction: float, views_with_cls: Views, images: Tensor) -> None:
-    objective = build(view_1_alone=True, patch_fraction=fraction)
+@pytest.mark.parametrize("chosen", [None, CHOSEN], ids=["all patches", "some"])
+def test_view_1_alone_never_sees_view_2(chosen: Tensor | None, views_with_cls: Views, images: Tensor) -> None:
+    objective = build(view_1_alone=True)
     view_1, view_2 = views_with_cls
     broken = EquiTokens(torch.full_like(view_2.patches, math.nan), torch.full_like(view_2.patches[:, 0], math.nan))
-    losses = []
-    for second in (view_2, broken, view_1):
-        torch.manual_seed(1)
-        losses.append(objective(view_1, second, EquiTargets(images, THETA)).loss)
+    targets = EquiTargets(images, THETA, chosen=chosen)
+    losses = [objective(view_1, second, targets).loss for second in (view_2, broken, view_1)]
     assert losses[0].isfinite()
     assert torch.equal(losses[0], losses[1])
     assert torch.equal(losses[0], losses[2])

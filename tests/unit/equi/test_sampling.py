@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dinov2_equi.equi.families.registry import FAMILIES, build_family
-from dinov2_equi.equi.sampling import draw_theta, path_points
+from dinov2_equi.equi.sampling import draw_patches, draw_theta, path_points
 
 each_family = pytest.mark.parametrize("name", FAMILIES)
 
@@ -149,3 +149,35 @@ def test_path_is_scaled_by_the_family_itself() -> None:
 def test_path_with_a_negative_number_of_steps_is_refused_with_the_number() -> None:
     with pytest.raises(ValueError, match="num_steps >= 0, got -1"):
         path_points(build_family("rotation"), torch.zeros(1, 1), -1)
+
+
+# --------------------------------------------------------------------------------------------------------- draw_patches
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0.5, 8), (0.4, 6), (0.01, 1), (0.999, 15), (1.0, 15)])
+def test_number_of_patches_is_the_share_rounded_and_at_least_one(fraction: float, count: int) -> None:
+    chosen = draw_patches(torch.arange(4), 0, num_patches=15, fraction=fraction)
+    assert chosen.shape == (4, count)
+    assert chosen.dtype == torch.int64
+    for patches in chosen.tolist():
+        assert len(set(patches)) == count
+        assert set(patches) <= set(range(15))
+
+
+def test_patches_do_not_depend_on_the_batch_around_them() -> None:
+    together = draw_patches(positions(5, 9, 2), 3, num_patches=15, fraction=0.4)
+    alone = draw_patches(positions(9), 3, num_patches=15, fraction=0.4)
+    assert torch.equal(together[1], alone[0])
+
+
+def test_patches_are_drawn_for_each_image_seed_and_step_anew() -> None:
+    chosen = [draw_patches(torch.arange(20), seed, num_patches=15, fraction=0.4) for seed in (0, 1)]
+    assert not torch.equal(*chosen)
+    assert len({tuple(sorted(row)) for row in torch.cat(chosen).tolist()}) > 30  # 40 of 5005 subsets
+    assert torch.bincount(torch.cat(chosen).flatten(), minlength=15).min() > 0  # no patch is left out: 16 expected
+
+
+def test_patches_are_drawn_from_the_random_state_of_the_process() -> None:
+    before = torch.get_rng_state()
+    draw_patches(torch.arange(4), 0, num_patches=15, fraction=0.4)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -423,6 +423,18 @@ def test_step_without_an_unmasked_image_teaches_the_branch_nothing(
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.student.parameters())
 
 
+def test_a_share_of_the_patches_drops_other_paths_than_its_control(
+    make_config: MakeConfig, make_batch: MakeBatch
+) -> None:
+    states = []
+    for setup in (("equi.decoder.patch_fraction=0.3",), ("equi.loss_weight=0",)):
+        cfg = make_config(*setup, "student.drop_path_rate=0.5")
+        model = build(cfg)
+        run_step(model, make_batch(cfg))
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
 # ---------------------------------------------------------------------------------------------------------- diagnostics
 
 DIAGNOSED = {
@@ -539,7 +551,9 @@ def test_preview_shows_targets_and_reconstructions_of_one_size(
 def targets_of(model: SSLMetaArch, batch: Batch) -> Iterator[Tensor]:
     assert model.equi is not None
     _, _, views = views_of(model, batch)
-    yield from model.equi.make_targets(*batch.global_crops.chunk(2), views, batch.masks).images
+    crops = batch.global_crops.chunk(2)
+    positions, seed = batch.positions, model.cfg.train.seed
+    yield from model.equi.make_targets(*crops, views, batch.masks, positions=positions, seed=seed).images
 
 
 def test_preview_takes_view_2_from_the_network_that_training_takes_it_from(

@@ -37,6 +37,7 @@ from dinov2_equi.equi.families.registry import FAMILIES, MIXTURE, build_family  
 from dinov2_equi.equi.sampling import path_points  # noqa: E402
 from dinov2_equi.equi.views import make_views  # noqa: E402
 from dinov2_equi.evaluation.results import write_results  # noqa: E402
+from dinov2_equi.run.allocator import keep_freed_memory  # noqa: E402
 
 PillowOp = Callable[[Image.Image], Image.Image]
 
@@ -148,6 +149,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure, print a table, and write it where asked."""
     arguments = parse_arguments()
+    keep_freed_memory()  # as the training does
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # both sides on the same core

@@ -27,6 +27,7 @@ from dinov2_equi.distributed.env import get_rank, get_world_size
 from dinov2_equi.fsdp.manifest import CheckpointError
 from dinov2_equi.layers.backend import describe_backend
 from dinov2_equi.logging.setup import setup_logging
+from dinov2_equi.run.allocator import keep_freed_memory
 from dinov2_equi.run.finish import finish_run
 from dinov2_equi.run.folder import check_run_folder, holds_run, set_aside
 from dinov2_equi.run.pictures import picture_hook
@@ -69,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     if args.eval_only and args.no_resume:
         parser.error("--eval-only looks at the run that --no-resume would set aside; give one of the two")
+    keep_freed_memory()
     try:
         _run(args)
     except NonFiniteLossError as error:

@@ -29,6 +29,7 @@ from dinov2_equi.evaluation.knn import DEFAULT_KS, TEMPERATURE, weighted_knn
 from dinov2_equi.evaluation.labelled import image_batches, matching_labels
 from dinov2_equi.evaluation.model import RawPixels, load_backbone, random_backbone
 from dinov2_equi.evaluation.results import write_results
+from dinov2_equi.run.allocator import keep_freed_memory
 from dinov2_equi.run.load import load_run
 
 
@@ -118,6 +119,7 @@ def run(args: argparse.Namespace) -> dict[int, float]:
 def main(argv: list[str] | None = None) -> int:
     """Run the harness; a fault of the input ends in one line on stderr and exit status 1."""
     args = parse_arguments(argv)
+    keep_freed_memory()
     try:
         accuracy = run(args)
     except (ValueError, OSError) as error:

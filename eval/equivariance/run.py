@@ -48,6 +48,7 @@ from dinov2_equi.evaluation.results import write_results
 from dinov2_equi.logging.console import get_console
 from dinov2_equi.logging.progress import training_progress
 from dinov2_equi.logging.setup import setup_logging
+from dinov2_equi.run.allocator import keep_freed_memory
 from dinov2_equi.run.load import CONFIG_FILE, FORMS, is_run, load_eval_models
 
 logger = logging.getLogger(__name__)
@@ -288,6 +289,7 @@ def run(args: argparse.Namespace) -> dict[str, ModelScores]:
 def main(argv: list[str] | None = None) -> int:
     """Run the harness; a fault of the input ends in one line on stderr and exit status 1."""
     args = parse_arguments(argv)
+    keep_freed_memory()
     try:
         scores = run(args)
     except (ValueError, OSError, ImportError) as error:

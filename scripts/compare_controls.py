@@ -114,6 +114,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--knn-train", metavar="DATA", help="labelled images that vote")
     add("--knn-val", metavar="DATA", help="labelled images that are classified")
     add("--knn-size", type=int, default=64, help="image side for k-NN, pixels (default: 64)")
+    add("--knn-features", default="cls", metavar="NAME", help="cls, patch_mean or both (default: cls)")
     add("--k", type=int, default=20, help="neighbours (default: 20)")
     add("--probe", metavar='"ARGUMENTS"', help="measure R2 by eval/equivariance/run.py, which is given these arguments")
     add("--features", nargs="+", default=["both"], metavar="NAME", help="features whose R2 is shown (default: both)")
@@ -198,11 +199,18 @@ def run_job(job: Job, args: argparse.Namespace) -> Numbers | str:
 
 def _measure_knn(folder: Path, args: argparse.Namespace) -> None:
     output = folder / "knn.json"
-    wanted = {"train": args.knn_train, "val": args.knn_val, "size": args.knn_size, "k": [args.k]}
+    wanted = {
+        "train": args.knn_train,
+        "val": args.knn_val,
+        "size": args.knn_size,
+        "features": args.knn_features,
+        "k": [args.k],
+    }
     settings = json.loads(output.read_text())["settings"] if output.is_file() else {}
     if any(settings.get(key) != value for key, value in wanted.items()):
-        data = ["--train", args.knn_train, "--val", args.knn_val, "--size", str(args.knn_size), "--k", str(args.k)]
-        _call("eval/classification/knn.py", "--run", str(folder), *data, "--output", str(output))
+        options = [word for key in wanted if key != "k" for word in (f"--{key}", str(wanted[key]))]
+        options += ["--k", str(args.k), "--output", str(output)]
+        _call("eval/classification/knn.py", "--run", str(folder), *options)
 
 
 def _measure_r2(job: Job, wanted: str) -> None:

@@ -228,16 +228,18 @@ def test_knn_is_measured_once_for_each_setting(
         if name != "eval/classification/knn.py":
             return train(name, *arguments)
         options = dict(zip(arguments[::2], arguments[1::2], strict=True))
-        measured_with.append(options["--size"])
+        measured_with.append((options["--size"], options["--features"]))
         k = int(options["--k"])
-        settings = {"train": options["--train"], "val": options["--val"], "size": int(options["--size"]), "k": [k]}
+        settings = {name: options[f"--{name}"] for name in ("train", "val", "features")}
+        settings |= {"size": int(options["--size"]), "k": [k]}
         document = {"settings": settings, "numbers": {"top1": {str(k): 0.25}}}
         Path(options["--output"]).write_text(json.dumps(document))
 
     monkeypatch.setattr(script, "_call", call)
     knn = ("--controls", "base", "--seeds", "0", "--knn-train", "a", "--knn-val", "b", "--k", "5", *TINY)
     assert compare(*knn) == compare(*knn) == compare(*knn, "--knn-size", "32") == 0
-    assert measured_with == ["64", "32"]
+    assert compare(*knn, "--knn-features", "both") == 0
+    assert measured_with == [("64", "cls"), ("32", "cls"), ("64", "both")]
     assert comparison(tmp_path)["rows"]["base"]["knn"]["values"] == [0.25]
 
 

@@ -31,7 +31,7 @@ from dinov2_equi.run.allocator import keep_freed_memory
 from dinov2_equi.run.finish import finish_run
 from dinov2_equi.run.folder import check_run_folder, holds_run, set_aside
 from dinov2_equi.run.pictures import picture_hook
-from dinov2_equi.train.build import build_datasets, check_weight_files, select_device
+from dinov2_equi.train.build import build_datasets, check_colors, check_weight_files, select_device
 from dinov2_equi.train.loop import load_finished, train
 from dinov2_equi.train.settings import load_run_config, split_words
 from dinov2_equi.train.step import NonFiniteLossError
@@ -103,6 +103,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.no_resume or not holds_run(output_dir):  # a run that goes on no longer needs what it started from
         check_weight_files(cfg)
     dataset, holdout = build_datasets(cfg)  # a wrong path fails here, before any model is built
+    check_colors(cfg, dataset)
     if args.no_resume:
         set_aside(output_dir)
     setup_logging(output_dir, get_rank())

@@ -19,6 +19,7 @@ from dinov2_equi.data.datasets.small_photos import SmallPhotos
 from dinov2_equi.data.loaders import make_train_loader
 from dinov2_equi.data.masking import MaskingGenerator
 from dinov2_equi.distributed.env import get_rank, get_world_size
+from dinov2_equi.equi.families.registry import FAMILIES, MIXTURE, NEED_COLOR
 from dinov2_equi.fsdp.checkpoint import read_checkpoint
 from dinov2_equi.models.registry import ARCHS
 from dinov2_equi.models.weights import load_exact, read_state_dict, rechunk_blocks
@@ -28,6 +29,9 @@ from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
 from dinov2_equi.train.state import TrainState
 
 logger = logging.getLogger(__name__)
+
+_LOOKED_AT = 16
+"""Images that are looked at before a family of colours is believed to have any."""
 
 
 def select_device(cfg: Config) -> torch.device:
@@ -59,6 +63,27 @@ def build_datasets(cfg: Config) -> tuple[ImageDataset, ImageDataset | None]:
     if cfg.data.holdout_fraction > 0 and len(train) > 1:
         return split_holdout(train, cfg.data.holdout_fraction, cfg.train.seed)
     return train, None
+
+
+def check_colors(cfg: Config, dataset: ImageDataset) -> None:
+    """Refuse a family that changes colours on images that have none; a few of them, evenly spread, are looked at.
+
+    Raises:
+        ValueError: names the families that can be used.
+    """
+    drawn = cfg.equi.mixture if cfg.equi.family == MIXTURE else [cfg.equi.family]
+    if not any(name in NEED_COLOR for name in drawn):
+        return
+    count = min(_LOOKED_AT, len(dataset))
+    for index in range(count):
+        image = dataset.load_tensor(index * len(dataset) // count, 1)
+        if not torch.equal(image, image[:1].expand_as(image)):
+            return
+    others = ", ".join(name for name in FAMILIES if name not in (*NEED_COLOR, MIXTURE))
+    raise ValueError(
+        f"equi.family {cfg.equi.family!r} needs colours, and {count} images spread over {cfg.train.dataset_path} are "
+        f"all grey: choose among {others}"
+    )
 
 
 def build_probe_datasets(train: ImageDataset, holdout: ImageDataset) -> tuple[ImageDataset, ImageDataset]:

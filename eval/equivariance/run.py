@@ -29,7 +29,7 @@ from dinov2_equi.data.datasets.holdout import split_holdout
 from dinov2_equi.data.datasets.make import make_dataset
 from dinov2_equi.data.datasets.sample_photos import SamplePhotos
 from dinov2_equi.equi.families.base import FamilySettings
-from dinov2_equi.equi.families.registry import FAMILIES, build_family
+from dinov2_equi.equi.families.registry import FAMILIES, NEED_COLOR, build_family
 from dinov2_equi.equi.geometry import FILLS
 from dinov2_equi.evaluation.equivariance import (
     ModelScores,
@@ -54,8 +54,6 @@ from dinov2_equi.run.load import CONFIG_FILE, FORMS, is_run, load_eval_models
 logger = logging.getLogger(__name__)
 
 DEFAULT_FAMILIES = ("rotation", "translation", "se2", "color", "blur")
-NEED_COLOR = ("color",)
-"""Families of which grey images show nothing."""
 
 TEST_FOLDERS = ("val", "validation", "test")
 RESULTS_FILE, FIGURE_FILE = "results.json", "equivariance.png"

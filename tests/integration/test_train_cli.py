@@ -442,3 +442,22 @@ def test_help_does_not_name_the_flags(capsys: pytest.CaptureFixture[str], comman
     text = capsys.readouterr().out
     for flag in ("--config-file", "--output-dir", "--no-resume", "--eval-only", "key=value"):
         assert flag in text
+
+
+@pytest.mark.parametrize("family", ["color", "mixture"])
+def test_family_of_colours_is_trained_on_grey_images(
+    family: str, tmp_path: Path, lean_run: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(6):
+        shades = np.random.default_rng(number).integers(0, 256, (40, 48), dtype=np.uint8)
+        Image.fromarray(shades).save(photos / f"{number}.png")
+    words = (f"equi.family={family}", f"train.dataset_path={photos}", "optim.epochs=1")
+    assert lean_run(tmp_path / "run", *words) == 2
+    message = capsys.readouterr().err
+    assert "all grey" in message and "rotation" in message and str(photos) in message
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    colours = np.random.default_rng(9).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+    Image.fromarray(colours).save(photos / "3.png")
+    assert lean_run(tmp_path / "run", *words) == 0

@@ -15,6 +15,8 @@ def _mixture(settings: FamilySettings) -> Mixture:
 
 
 MIXTURE = "mixture"
+NEED_COLOR = ("color",)
+"""Families of which grey images show nothing."""
 
 FAMILIES: dict[str, Callable[[FamilySettings], TransformFamily]] = {
     "rotation": Rotation,

@@ -55,6 +55,10 @@ class EquivarianceBranch(nn.Module):
         self.only_unmasked = only_unmasked
         self.patch_fraction = patch_fraction
 
+    def num_drawn_patches(self, num_patches: int) -> int:
+        """Return how many of `num_patches` patches of an image are reconstructed in a training step, at least one."""
+        return max(1, round(self.patch_fraction * num_patches))
+
     def make_views(self, crops: Tensor, positions: Tensor, seed: int) -> EquiViews:
         """Return view 2 and the path of crops [B, 3, H, W] in [0, 1] at sample positions [B] of a seeded run."""
         theta = draw_theta(self.family, positions, seed)  # [B, P]
@@ -80,10 +84,9 @@ class EquivarianceBranch(nn.Module):
         elif self.only_unmasked:
             weights = (~(masks_1 | masks_2).any(dim=1, keepdim=True)).float()  # [B, 1]
         chosen = None
-        if self.patch_fraction < 1:
-            num_patches = masks_1.shape[1]
-            chosen = draw_patches(positions, seed, num_patches=num_patches, fraction=self.patch_fraction)
-            chosen = chosen.to(crops_1.device)
+        num_patches = masks_1.shape[1]
+        if (count := self.num_drawn_patches(num_patches)) < num_patches:
+            chosen = draw_patches(positions, seed, num_patches=num_patches, count=count).to(crops_1.device)
         theta = self.family.normalized(views.theta).to(crops_1.device)
         return EquiTargets(self.target.images(crops_1, crops_2, views), theta, weights, chosen)
 

@@ -27,8 +27,8 @@ def draw_theta(family: TransformFamily, positions: Tensor, seed: int) -> Tensor:
     return torch.cat(draws)
 
 
-def draw_patches(positions: Tensor, seed: int, *, num_patches: int, fraction: float) -> Tensor:
-    """Return the patches to reconstruct of each sample, [B, n] int64 on the CPU, without repetition; n is at least 1.
+def draw_patches(positions: Tensor, seed: int, *, num_patches: int, count: int) -> Tensor:
+    """Return the patches to reconstruct of each sample, [B, n] int64 on the CPU, without repetition.
 
     A pure function of (seed, sample position), as `draw_theta`: the random state of the process, which draws the
     stochastic depth of the same step, is not touched.
@@ -37,9 +37,8 @@ def draw_patches(positions: Tensor, seed: int, *, num_patches: int, fraction: fl
         positions: [B] int64 sample positions.
         seed: seed of the run.
         num_patches: N, patches of an image.
-        fraction: share of them, in (0, 1].
+        count: n, how many of them.
     """
-    count = max(1, round(fraction * num_patches))
     streams = (random_generator(RandomStream.PATCHES, seed, position) for position in positions.tolist())
     return torch.from_numpy(np.stack([stream.permutation(num_patches)[:count] for stream in streams]))
 

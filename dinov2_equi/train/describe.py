@@ -196,9 +196,12 @@ class _PartCounter:
             return
         num_images = branch.target.num_images(equi.num_steps, include_final=equi.include_final)
         images = _images(num_images * self.batch_size, self.cfg.crops.global_crops_size)
+        num_patches = _num_patches(self.cfg)
+        num_drawn = branch.num_drawn_patches(num_patches)
         targets = EquiTargets(
             images=images.unflatten(0, (num_images, self.batch_size)),  # [S, B, 3, H, W]
             theta=torch.empty(self.batch_size, len(branch.family.param_names)),
+            chosen=torch.zeros(self.batch_size, num_drawn, dtype=torch.int64) if num_drawn < num_patches else None,
         )
         view_1, view_2 = self._view(is_trained=True), self._view(is_trained=not self.source_is_teacher)
         flops = _trained(lambda: [branch(view_1, view_2, targets).loss])

@@ -123,12 +123,17 @@ def test_without_a_choice_all_patches_count_alike(crops: tuple[Tensor, Tensor]) 
     assert branch.make_targets(*crops, views, ~NOTHING_HIDDEN, positions=POSITIONS, seed=0).weights is None
 
 
+@pytest.mark.parametrize(("fraction", "count"), [(0.5, 8), (0.4, 6), (0.01, 1), (0.999, 15), (1.0, 15)])
+def test_number_of_patches_is_the_share_rounded_and_at_least_one(fraction: float, count: int) -> None:
+    assert build(patch_fraction=fraction).num_drawn_patches(15) == count
+
+
 def test_patches_to_draw_are_those_of_the_sample_positions(crops: tuple[Tensor, Tensor]) -> None:
     branch = build(patch_fraction=0.4)
     views = branch.make_views(crops[1], POSITIONS, seed=5)
     chosen = branch.make_targets(*crops, views, NOTHING_HIDDEN, positions=POSITIONS, seed=5).chosen
     assert chosen is not None
-    assert torch.equal(chosen, draw_patches(POSITIONS, 5, num_patches=N, fraction=0.4))
+    assert torch.equal(chosen, draw_patches(POSITIONS, 5, num_patches=N, count=6))
     assert build().make_targets(*crops, views, NOTHING_HIDDEN, positions=POSITIONS, seed=5).chosen is None
 
 

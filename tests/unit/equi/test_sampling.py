@@ -154,9 +154,9 @@ def test_path_with_a_negative_number_of_steps_is_refused_with_the_number() -> No
 # --------------------------------------------------------------------------------------------------------- draw_patches
 
 
-@pytest.mark.parametrize(("fraction", "count"), [(0.5, 8), (0.4, 6), (0.01, 1), (0.999, 15), (1.0, 15)])
-def test_number_of_patches_is_the_share_rounded_and_at_least_one(fraction: float, count: int) -> None:
-    chosen = draw_patches(torch.arange(4), 0, num_patches=15, fraction=fraction)
+@pytest.mark.parametrize("count", [1, 6, 15])
+def test_patches_of_an_image_are_different_ones(count: int) -> None:
+    chosen = draw_patches(torch.arange(4), 0, num_patches=15, count=count)
     assert chosen.shape == (4, count)
     assert chosen.dtype == torch.int64
     for patches in chosen.tolist():
@@ -165,13 +165,13 @@ def test_number_of_patches_is_the_share_rounded_and_at_least_one(fraction: float
 
 
 def test_patches_do_not_depend_on_the_batch_around_them() -> None:
-    together = draw_patches(positions(5, 9, 2), 3, num_patches=15, fraction=0.4)
-    alone = draw_patches(positions(9), 3, num_patches=15, fraction=0.4)
+    together = draw_patches(positions(5, 9, 2), 3, num_patches=15, count=6)
+    alone = draw_patches(positions(9), 3, num_patches=15, count=6)
     assert torch.equal(together[1], alone[0])
 
 
 def test_patches_are_drawn_for_each_image_seed_and_step_anew() -> None:
-    chosen = [draw_patches(torch.arange(20), seed, num_patches=15, fraction=0.4) for seed in (0, 1)]
+    chosen = [draw_patches(torch.arange(20), seed, num_patches=15, count=6) for seed in (0, 1)]
     assert not torch.equal(*chosen)
     assert len({tuple(sorted(row)) for row in torch.cat(chosen).tolist()}) > 30  # 40 of 5005 subsets
     assert torch.bincount(torch.cat(chosen).flatten(), minlength=15).min() > 0  # no patch is left out: 16 expected
@@ -179,5 +179,5 @@ def test_patches_are_drawn_for_each_image_seed_and_step_anew() -> None:
 
 def test_patches_are_drawn_from_the_random_state_of_the_process() -> None:
     before = torch.get_rng_state()
-    draw_patches(torch.arange(4), 0, num_patches=15, fraction=0.4)
+    draw_patches(torch.arange(4), 0, num_patches=15, count=6)
     assert torch.equal(torch.get_rng_state(), before)

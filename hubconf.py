@@ -1,25 +1,12 @@
-"""Entry points of `torch.hub.load`; needs torch alone."""
+"""Entry points of `torch.hub.load`; needs torch alone.
 
-from dinov2_equi.hub.backbones import (
-    dinov2_equi_vitb14,
-    dinov2_equi_vitb16,
-    dinov2_equi_vitg14,
-    dinov2_equi_vitg16,
-    dinov2_equi_vitl14,
-    dinov2_equi_vitl16,
-    dinov2_equi_vits14,
-    dinov2_equi_vits16,
-)
+`dinov2_equi_vit{s,b,l,g}{14,16}[_reg]` are ours; `dinov2_vit{s,b,l,g}14[_reg][_lc]` load what DINOv2 released.
+"""
 
-__all__ = [
-    "dinov2_equi_vitb14",
-    "dinov2_equi_vitb16",
-    "dinov2_equi_vitg14",
-    "dinov2_equi_vitg16",
-    "dinov2_equi_vitl14",
-    "dinov2_equi_vitl16",
-    "dinov2_equi_vits14",
-    "dinov2_equi_vits16",
-]
+from dinov2_equi.hub import backbones as _backbones
+from dinov2_equi.hub import released as _released
 
 dependencies = ["torch"]
+
+globals().update(_backbones.ENTRY_POINTS)
+globals().update(_released.ENTRY_POINTS)

@@ -31,7 +31,13 @@ ARCHS: dict[str, Arch] = {
 
 
 def build_backbone(
-    arch: str, *, img_size: int | tuple[int, int], patch_size: int, block_chunks: int = 0, **kwargs: Any
+    arch: str,
+    *,
+    img_size: int | tuple[int, int],
+    patch_size: int,
+    block_chunks: int = 0,
+    factory: type[DinoVisionTransformer] = DinoVisionTransformer,
+    **kwargs: Any,
 ) -> DinoVisionTransformer:
     """Return a newly initialised backbone.
 
@@ -40,6 +46,7 @@ def build_backbone(
         img_size: size the position embedding is made for, pixels, a number or (H, W).
         patch_size: side of a patch, pixels.
         block_chunks: see `DinoVisionTransformer`; 0, the layout of the released files, unless given.
+        factory: class that is built.
         **kwargs: further arguments of `DinoVisionTransformer`.
 
     Raises:
@@ -49,7 +56,7 @@ def build_backbone(
         nearest = difflib.get_close_matches(arch, ARCHS, n=1, cutoff=0.0)
         raise ValueError(f"unknown architecture {arch!r}; did you mean {nearest[0]!r}? Known: {', '.join(ARCHS)}")
     size = ARCHS[arch]
-    return DinoVisionTransformer(
+    return factory(
         img_size=img_size,
         patch_size=patch_size,
         embed_dim=size.embed_dim,

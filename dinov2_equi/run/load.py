@@ -10,24 +10,23 @@ from pathlib import Path
 import torch
 
 from dinov2_equi.config.schema import Config
-from dinov2_equi.equi.feature_split import FeatureSplit
+from dinov2_equi.equi.feature_split import RECORDED_BLOCK, RECORDED_DIM, FeatureSplit, split_from_record
 from dinov2_equi.evaluation.eval_model import DEFAULT_IMAGE_SIZE, EvalModel, default_image_size
 from dinov2_equi.evaluation.foreign import load_timm, load_transformers
 from dinov2_equi.evaluation.model import load_backbone, random_backbone
-from dinov2_equi.hub.backbones import released_dinov2
+from dinov2_equi.hub.released import released_dinov2
 from dinov2_equi.models.registry import ARCHS
 from dinov2_equi.models.vision_transformer import DinoVisionTransformer
 from dinov2_equi.models.weights import load_exact, read_part
 from dinov2_equi.train.build import build_initial_student
 from dinov2_equi.train.build_model import equi_block, equi_dim, family_settings, has_split
-from dinov2_equi.train.export import BACKBONE_FILE, TEACHER_FILE
+from dinov2_equi.train.export import BACKBONE_FILE, SPLIT, TEACHER_FILE
 from dinov2_equi.train.settings import load_run_config
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 RANDOM = "random"
-SPLIT = "feature_split"
 FORMS = (
     "a run folder, a weight file, random (the weights a run starts from), random:vit_small/14, hub:dinov2_vits14, "
     "timm:NAME, transformers:NAME_OR_FOLDER"
@@ -86,7 +85,7 @@ def load_eval_model(spec: str, *, size: int | None = None, seed: int = 0) -> Eva
     if is_run(spec):
         return load_run(path)
     if path.is_file():
-        return _from_backbone(path.name, load_backbone(path))
+        return _from_file(path)
     if kind == RANDOM:
         return load_initial(Path(name).expanduser()) if is_run(name) else _random_model(name, size, seed)
     if kind == "hub":
@@ -148,7 +147,7 @@ def _trained_split(cfg: Config, folder: Path) -> FeatureSplit | None:
     if not teacher.is_file():
         logger.warning("%s is gone, and with it the projection before the split: no halves of the features", teacher)
         return None
-    load_exact(split, read_part(teacher, SPLIT))
+    load_exact(split, read_part(teacher, SPLIT), allow_unexpected=(RECORDED_DIM, RECORDED_BLOCK))
     return split
 
 
@@ -164,6 +163,17 @@ def _from_config(name: str, cfg: Config, backbone: DinoVisionTransformer, split:
         split_block=equi_block(cfg) if split is not None else None,
         families=family_settings(cfg),
     )
+
+
+def _from_file(path: Path) -> EvalModel:
+    """Return the backbone in a weight file, with the split of its features where the file has one."""
+    backbone = load_backbone(path)
+    model = _from_backbone(path.name, backbone)
+    record = read_part(path, SPLIT)
+    if not record:
+        return model
+    split, block = split_from_record(record, backbone.embed_dim)
+    return replace(model, split=split, split_block=block)
 
 
 def _from_backbone(name: str, backbone: DinoVisionTransformer) -> EvalModel:

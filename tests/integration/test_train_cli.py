@@ -18,11 +18,16 @@ from torch import nn
 
 from dinov2_equi.config.load import to_yaml
 from dinov2_equi.config.schema import Config
+from dinov2_equi.evaluation.eval_model import EvalModel
+from dinov2_equi.hub.equi_backbone import SplitFeatures
 from dinov2_equi.logging.metrics import read_metrics
 from dinov2_equi.models.registry import build_backbone
 from dinov2_equi.models.weights import load_exact, read_state_dict
+from dinov2_equi.run.load import load_eval_model
 from dinov2_equi.train import build, loop
+from dinov2_equi.train.build_model import has_split
 from dinov2_equi.train.export import export_teacher
+from dinov2_equi.train.settings import load_run_config
 from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -100,7 +105,7 @@ def test_the_teacher_checkpoint_has_another_layout_than_dinov2s(finished_run: Pa
     content = torch.load(finished_run / "teacher_checkpoint.pth", weights_only=True)
     assert set(content) == {"teacher"}
     names = set(content["teacher"])
-    assert {name.split(".")[0] for name in names} == {"backbone", "dino_head"}
+    assert {name.split(".")[0] for name in names} == {"backbone", "dino_head", "feature_split"}
     assert {"backbone.cls_token", "backbone.pos_embed", "backbone.patch_embed.proj.weight"} <= names
     assert {"dino_head.mlp.0.weight", "dino_head.last_layer.weight_g", "dino_head.last_layer.weight_v"} <= names
 
@@ -116,7 +121,14 @@ def test_an_exported_backbone_differs_from_the_teachers(finished_run: Path) -> N
 
 def test_torch_hub_does_not_load_what_a_run_exports(tmp_path: Path, make_config: Callable[..., Config]) -> None:
     # The smallest architecture that has an entry point; blocks in groups, whose names differ from the released ones.
-    cfg = make_config("student.arch=vit_small", "student.patch_size=16", "student.block_chunks=4")
+    cfg = make_config(
+        "student.arch=vit_small",
+        "student.patch_size=16",
+        "student.block_chunks=4",
+        "equi.projection_dim=64",
+        "equi.dim=24",
+        "equi.layer=5",
+    )
     export_teacher(SSLMetaArch(cfg), tmp_path)
     names = load_file(tmp_path / "teacher_backbone.safetensors")
     assert "blocks.11.norm1.weight" in names and "blocks.0.0.norm1.weight" not in names
@@ -124,15 +136,30 @@ def test_torch_hub_does_not_load_what_a_run_exports(tmp_path: Path, make_config:
     outputs = []
     for name in ("teacher_checkpoint.pth", "teacher_backbone.safetensors"):
         weights = tmp_path / name
-        outputs.append(torch.hub.load(str(REPOSITORY), "dinov2_equi_vits16", source="local", weights=weights)(image))
+        model = torch.hub.load(str(REPOSITORY), "dinov2_equi_vits16", source="local", weights=weights)
+        outputs.append(model(image))
+        if name == "teacher_checkpoint.pth":
+            check_halves(model.split_features(image), load_eval_model(str(weights)), image)
         weights.unlink()  # 90 MB each
     assert outputs[0].shape == (1, 384) and outputs[0].isfinite().all()
     assert torch.equal(*outputs)
 
 
+def check_halves(parts: SplitFeatures, model: EvalModel, image: torch.Tensor) -> None:
+    """Compare the parts of one normalised image with the halves that the evaluation reads from the same file."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (model.mean, model.std))
+    halves = model.features(image * std + mean, device="cpu")
+    for name in ("invariant", "equivariant"):
+        cls, patches = getattr(parts, f"{name}_clstoken"), getattr(parts, f"{name}_patchtokens")
+        torch.testing.assert_close(torch.cat([cls, patches.mean(dim=1)], dim=1), halves[name], rtol=0, atol=1e-5)
+    assert halves["equivariant"].shape == (1, 2 * 24)
+
+
 def test_the_exported_teacher_is_not_the_one_of_the_last_checkpoint(finished_run: Path) -> None:
     teacher = torch.load(finished_run / "teacher_checkpoint.pth", weights_only=True)["teacher"]
     saved = load_file(finished_run / "checkpoints" / "step_00000020" / "model.safetensors")
+    record = {f"feature_split.{name}": teacher.pop(f"feature_split.{name}").item() for name in ("equi_dim", "block")}
+    assert record == {"feature_split.equi_dim": 12, "feature_split.block": -1}
     assert {f"teacher.{name}" for name in teacher} == {name for name in saved if name.startswith("teacher.")}
     for name, value in teacher.items():
         assert torch.equal(value, saved[f"teacher.{name}"]), name
@@ -264,6 +291,8 @@ def test_a_part_cannot_be_switched(
     teacher = torch.load(tmp_path / "teacher_checkpoint.pth", weights_only=True)["teacher"]
     modules = {name.removeprefix("grad_norm/") for name in more if name.startswith("grad_norm/")}
     modules |= {"backbone", "dino_head"}
+    if has_split(load_run_config(tmp_path / "config.yaml")):
+        modules.add("feature_split")
     assert {name.split(".")[0] for name in teacher} == modules
 
 

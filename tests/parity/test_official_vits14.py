@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinov2_equi.hub.backbones import dinov2_equi_vits14
 from dinov2_equi.models.vision_transformer import DinoVisionTransformer
 from dinov2_equi.models.weights import load_exact
 
@@ -23,10 +22,8 @@ TOLERANCE = 1e-4
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])
 
-BUILDER_ARGUMENTS: dict[str, dict[str, Any]] = {
-    "dinov2_vits14": {},
-    "dinov2_vits14_reg": {"num_register_tokens": 4, "interpolate_offset": 0.0, "interpolate_antialias": True},
-}
+RECORDED = ("dinov2_vits14", "dinov2_vits14_reg")
+REPOSITORY = Path(__file__).parents[2]
 
 
 class Official(NamedTuple):
@@ -60,7 +57,7 @@ def deterministic_weight(key: str, shape: list[int]) -> np.ndarray[Any, Any]:
     return (z / np.sqrt(shape[-1])).astype(np.float32)  # divided in float64
 
 
-@pytest.fixture(scope="module", params=BUILDER_ARGUMENTS)
+@pytest.fixture(scope="module", params=RECORDED)
 def official(request: pytest.FixtureRequest, reference_dir: Path, official_outputs_dir: Path) -> Official:
     entry = json.loads((reference_dir / "manifest.json").read_text())[request.param]
     weights = {key: deterministic_weight(key, shape) for key, shape in entry["keys"].items()}
@@ -68,7 +65,8 @@ def official(request: pytest.FixtureRequest, reference_dir: Path, official_outpu
     for key in sorted(weights):
         digest.update(weights[key].astype("<f4").tobytes())
     assert digest.hexdigest() == entry["sha256_of_concatenated_float32_le"], "the weights are not the recorded ones"
-    model = dinov2_equi_vits14(**BUILDER_ARGUMENTS[request.param])
+    name = request.param.replace("dinov2", "dinov2_equi")
+    model: DinoVisionTransformer = torch.hub.load(str(REPOSITORY), name, source="local")  # type: ignore[no-untyped-call]
     load_exact(model, {key: torch.from_numpy(value) for key, value in weights.items()})
     with np.load(official_outputs_dir / f"{request.param}_reference.npz") as archive:
         outputs = dict(archive)

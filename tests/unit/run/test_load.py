@@ -14,7 +14,7 @@ from torch import Tensor
 from dinov2_equi.config.load import to_yaml
 from dinov2_equi.config.schema import Config
 from dinov2_equi.evaluation.eval_model import EvalModel
-from dinov2_equi.hub import backbones
+from dinov2_equi.hub.released import RELEASED
 from dinov2_equi.models.registry import build_backbone
 from dinov2_equi.run.load import load_eval_model, load_eval_models
 from dinov2_equi.train.build import build_initial_backbone
@@ -154,7 +154,7 @@ def test_a_hub_name_does_not_reach_the_hub(monkeypatch: pytest.MonkeyPatch) -> N
     model = load_eval_model("hub:dinov2_vits14")
     assert asked == ["dinov2_vits14"]
     assert (model.name, model.image_size, model.patch_size) == ("hub:dinov2_vits14", 224, 14)
-    assert "dinov2_vits14" in backbones.RELEASED
+    assert "dinov2_vits14" in RELEASED
 
 
 @pytest.mark.parametrize(

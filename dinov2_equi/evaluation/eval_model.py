@@ -36,6 +36,16 @@ class Tokens(NamedTuple):
     """[B, N, D]."""
 
 
+class BlockTokens(NamedTuple):
+    """What a classifier may see of a batch."""
+
+    cls: Tensor
+    """[B, n, D] class tokens of the last n blocks, the last one last."""
+
+    patch_mean: Tensor
+    """[B, D] mean patch token of the last block."""
+
+
 @dataclass(frozen=True)
 class EvalModel:
     """A frozen backbone with what is needed to feed it and to read it.
@@ -86,6 +96,33 @@ class EvalModel:
                 f"{self.name} needs images whose side is a multiple of its patch size {self.patch_size}, got {size}; "
                 f"try {below} or {below + self.patch_size}"
             )
+
+    @property
+    def num_blocks(self) -> int:
+        """How many of its last blocks can be read, at least the last."""
+        return int(getattr(self.backbone, "n_blocks", 1))
+
+    def block_tokens(self, images: Tensor, n: int) -> BlockTokens:
+        """Return class tokens of the last n blocks and the mean patch token of the last, of images in [0, 1].
+
+        Args:
+            images: [B, 3, H, W] in [0, 1], not normalised, on the backbone's device.
+            n: from 1 to `num_blocks`.
+
+        Raises:
+            ValueError: for more blocks than there are.
+        """
+        if not 1 <= n <= self.num_blocks:
+            raise ValueError(f"{self.name} gives the tokens of 1 to {self.num_blocks} blocks, asked for {n}")
+        if n == 1:
+            cls, patches = self.tokens(images)
+            return BlockTokens(cls.unsqueeze(1).float(), patches.mean(dim=1).float())
+        with eval_mode(self.backbone):
+            outputs = self.backbone.get_intermediate_layers(  # type: ignore[operator]
+                normalize(images, self.mean, self.std), n=n, return_class_token=True
+            )
+        cls = torch.stack([token for _, token in outputs], dim=1)  # [B, n, D]
+        return BlockTokens(cls.float(), outputs[-1][0].mean(dim=1).float())
 
     def tokens(self, images: Tensor) -> Tokens:
         """Return the tokens of images [B, 3, H, W] in [0, 1], not normalised, on the backbone's device."""

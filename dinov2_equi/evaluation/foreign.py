@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from dinov2_equi.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dinov2_equi.evaluation.eval_model import DEFAULT_IMAGE_SIZE, EvalModel
 
+_FINAL_NORMS = ("layernorm", "norm")
+"""How models of transformers call the norm behind their last block, where the last hidden state has passed it."""
+
 
 class TimmTokens(nn.Module):
     """A timm model behind `forward_features`: class token and patch tokens as DINOv2 names them.
@@ -24,6 +27,7 @@ class TimmTokens(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.n_blocks = len(model.blocks) if hasattr(model, "get_intermediate_layers") else 1  # type: ignore[arg-type]
 
     def forward_features(self, x: Tensor) -> dict[str, Tensor]:
         """Return `x_norm_clstoken` [B, D] and `x_norm_patchtokens` [B, N, D] for [B, 3, H, W]."""
@@ -31,6 +35,12 @@ class TimmTokens(nn.Module):
         is_map_last = "NHWC" in str(getattr(self.model, "output_fmt", ""))
         num_prefix = int(getattr(self.model, "num_prefix_tokens", 0))
         return _as_tokens(output, num_prefix, has_cls=num_prefix > 0, is_map_last=is_map_last)
+
+    def get_intermediate_layers(self, x: Tensor, n: int, *, return_class_token: bool) -> list[tuple[Tensor, Tensor]]:
+        """Return (patch tokens, class token) after each of the last n blocks, through the final norm."""
+        assert return_class_token
+        outputs = self.model.get_intermediate_layers(x, n=n, return_prefix_tokens=True, norm=True)  # type: ignore[operator]
+        return [(patches, prefix[:, 0] if prefix.shape[1] else patches.mean(dim=1)) for patches, prefix in outputs]
 
 
 class TransformersTokens(nn.Module):
@@ -46,10 +56,24 @@ class TransformersTokens(nn.Module):
         self.patch_size = patch_size
         accepted = inspect.signature(model.forward).parameters
         self.options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
+        self.norm = next((getattr(model, name) for name in _FINAL_NORMS if hasattr(model, name)), None)
+        has_tokens = self.norm is not None and patch_size is not None
+        self.n_blocks = int(getattr(model.config, "num_hidden_layers", 1)) if has_tokens else 1
 
     def forward_features(self, x: Tensor) -> dict[str, Tensor]:
         """Return `x_norm_clstoken` [B, D] and `x_norm_patchtokens` [B, N, D] for [B, 3, H, W]."""
-        output: Tensor = self.model(pixel_values=x, **self.options).last_hidden_state
+        return self._by_name(x, self.model(pixel_values=x, **self.options).last_hidden_state)
+
+    def get_intermediate_layers(self, x: Tensor, n: int, *, return_class_token: bool) -> list[tuple[Tensor, Tensor]]:
+        """Return (patch tokens, class token) after each of the last n blocks, through the final norm."""
+        assert return_class_token
+        assert self.norm is not None  # where n_blocks says more than one
+        states = self.model(pixel_values=x, output_hidden_states=True, **self.options).hidden_states[-n:]
+        tokens = [self._by_name(x, self.norm(state)) for state in states]
+        return [(found["x_norm_patchtokens"], found["x_norm_clstoken"]) for found in tokens]
+
+    def _by_name(self, x: Tensor, output: Tensor) -> dict[str, Tensor]:
+        """Return the tokens in an output for images [B, 3, H, W] by DINOv2's names."""
         num_prefix = 0
         if output.dim() == 3 and self.patch_size is not None:
             num_patches = (x.shape[-2] // self.patch_size) * (x.shape[-1] // self.patch_size)

@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dinov2_equi.evaluation.eval_model import BlockTokens
 
 DEFAULT_LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 """DINOv2's, for a batch of 256 images; they scale with the batch."""
@@ -18,16 +19,6 @@ DEFAULT_LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 
 REFERENCE_BATCH = 256
 MOMENTUM = 0.9
 INITIAL_STD = 0.01
-
-
-class BlockTokens(NamedTuple):
-    """What a linear classifier may see of a batch."""
-
-    cls: Tensor
-    """[B, n, D] class tokens of the last n blocks, the last one last."""
-
-    patch_mean: Tensor
-    """[B, D] mean patch token of the last block."""
 
 
 @dataclass(frozen=True, order=True)

@@ -145,3 +145,40 @@ def test_a_language_model_is_fed_images(transformers: Any, tmp_path: Path) -> No
 def test_a_missing_folder_gives_a_traceback(transformers: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="transformers cannot load"):
         load_transformers(tmp_path / "nowhere")
+
+
+# --------------------------------------------------------------------------------------------------- tokens of blocks
+
+
+def test_tokens_of_the_last_block_of_timm_are_no_features(timm: ModuleType) -> None:
+    model = load_timm("test_vit", pretrained=False, size=32)
+    x = X[..., :32]
+    tokens = model.tokens(x)
+    for n in (1, 2):
+        found = model.block_tokens(x, n)
+        assert found.cls.shape == (2, n, tokens.cls.shape[1])
+        torch.testing.assert_close(found.cls[:, -1], tokens.cls)
+        torch.testing.assert_close(found.patch_mean, tokens.patches.mean(dim=1))
+    with pytest.raises(ValueError, match=f"1 to {model.num_blocks} blocks"):
+        model.block_tokens(x, model.num_blocks + 1)
+
+
+@pytest.mark.parametrize("kind", ["Dinov2", "Dinov2WithRegisters", "ViT"])
+def test_tokens_of_the_last_block_of_transformers_are_no_features(
+    transformers: ModuleType, tmp_path: Path, kind: str
+) -> None:
+    config = {**SMALL, "num_hidden_layers": 3, "image_size": 32, "patch_size": 8}
+    if kind == "ViT":
+        config["intermediate_size"] = 32
+    model = load_transformers(saved(transformers, kind, tmp_path, **config))
+    tokens = model.tokens(X)
+    found = model.block_tokens(X, 2)
+    torch.testing.assert_close(found.cls[:, -1], tokens.cls)
+    torch.testing.assert_close(found.patch_mean, tokens.patches.mean(dim=1))
+    assert (found.cls[:, 0] - found.cls[:, 1]).abs().max() > 1e-3
+
+
+def test_convolutional_network_has_blocks(timm: ModuleType) -> None:
+    model = load_timm("test_resnet", pretrained=False)
+    assert model.num_blocks == 1
+    assert model.block_tokens(X, 1).cls.shape[:2] == (2, 1)

@@ -1,0 +1,185 @@
+"""What can be asked of frozen features with labels: the tasks by name, each with the number that a table shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinov2_equi.evaluation.eval_model import BlockTokens
+from dinov2_equi.evaluation.few_shot import DEFAULT_SHOTS, few_shot
+from dinov2_equi.evaluation.knn import DEFAULT_KS, TEMPERATURE, weighted_knn
+from dinov2_equi.evaluation.linear import (
+    CHOICES,
+    DEFAULT_LEARNING_RATES,
+    LinearResult,
+    score_linear,
+    train_linear,
+)
+from dinov2_equi.evaluation.log_regression import DEFAULT_CS, log_regression
+from dinov2_equi.evaluation.retrieval import mean_average_precision
+from dinov2_equi.evaluation.stored_features import StoredFeatures
+
+Numbers = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LabelledFeatures:
+    """Features of training and test images with their labels."""
+
+    train: StoredFeatures
+    train_labels: Tensor
+    """[R] int64 from 0."""
+
+    test: StoredFeatures
+    test_labels: Tensor
+    """[n] int64, numbers of the training classes."""
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """How the tasks are measured.
+
+    Attributes:
+        features: `cls`, `patch_mean` or `both`, for all tasks but `linear`, which compares its own choices.
+        ks: neighbours; those above the number of training images are left out.
+        temperature: of the votes of the neighbours.
+        epochs: passes of the linear classifiers over the training images.
+        batch_size: images in one step of theirs.
+        learning_rates: of theirs, for 256 images.
+        cs: inverse penalties of the logistic regression to choose from.
+        shots: images of each class in the few-shot task; those above the smallest class are left out.
+        num_draws: draws of them.
+        seed: of initial weights, orders, held-back images and draws.
+        device: where to compute.
+    """
+
+    features: str = "cls"
+    ks: Sequence[int] = DEFAULT_KS
+    temperature: float = TEMPERATURE
+    epochs: int = 10
+    batch_size: int = 256
+    learning_rates: Sequence[float] = DEFAULT_LEARNING_RATES
+    cs: Sequence[float] = DEFAULT_CS
+    shots: Sequence[int] = DEFAULT_SHOTS
+    num_draws: int = 5
+    seed: int = 0
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something to measure, and what of it stands in a table."""
+
+    title: str
+    measure: Callable[[LabelledFeatures, TaskSettings], Numbers]
+    headline: Callable[[Numbers], float]
+    """The number for the table, in [0, 1]."""
+
+
+def _selected(data: LabelledFeatures, settings: TaskSettings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tensors = (
+        data.train.select(settings.features),
+        data.train_labels,
+        data.test.select(settings.features),
+        data.test_labels,
+    )
+    train, train_labels, test, test_labels = (tensor.to(settings.device) for tensor in tensors)
+    return train, train_labels, test, test_labels
+
+
+def measure_knn(data: LabelledFeatures, settings: TaskSettings) -> Numbers:
+    """Return the k-NN accuracy by k."""
+    ks = [k for k in settings.ks if k <= len(data.train)] or [len(data.train)]
+    accuracies = weighted_knn(*_selected(data, settings), ks=ks, temperature=settings.temperature)
+    return {"top1": {str(k): accuracy for k, accuracy in accuracies.items()}}
+
+
+def measure_linear(data: LabelledFeatures, settings: TaskSettings) -> Numbers:
+    """Return the accuracy of every linear classifier of the sweep, and the best.
+
+    The features are those of plain images: no augmentation, the same in every pass.
+    """
+    num_blocks, dim = data.train.cls.shape[1:]
+    batch_size = min(settings.batch_size, len(data.train))
+    num_steps = settings.epochs * (len(data.train) // batch_size)
+    choices = [choice for choice in CHOICES if choice.blocks <= num_blocks]
+    sweep, train_losses = train_linear(
+        _shuffled_batches(data.train, data.train_labels, batch_size, settings),
+        num_steps=num_steps,
+        dim=dim,
+        num_classes=int(data.train_labels.max()) + 1,
+        batch_size=batch_size,
+        choices=choices,
+        learning_rates=settings.learning_rates,
+        seed=settings.seed,
+        device=settings.device,
+    )
+    rows = np.array_split(np.arange(len(data.test)), max(1, len(data.test) // batch_size))
+    batches = (_moved(data.test, data.test_labels, part, settings.device) for part in rows)
+    accuracies = score_linear(sweep, batches)
+    return LinearResult(tuple(choices), tuple(settings.learning_rates), accuracies, train_losses.cpu()).as_numbers()
+
+
+def _shuffled_batches(
+    features: StoredFeatures, labels: Tensor, batch_size: int, settings: TaskSettings
+) -> Iterator[tuple[BlockTokens, Tensor]]:
+    """Yield batches without end, each pass in another order; a rest below a whole batch is left out."""
+    rng = np.random.default_rng(settings.seed)
+    while True:
+        order = rng.permutation(len(features))
+        for start in range(0, len(order) - batch_size + 1, batch_size):
+            # Sorted, because reading from disk in order is faster, and the order within a step does not matter.
+            yield _moved(features, labels, np.sort(order[start : start + batch_size]), settings.device)
+
+
+def _moved(
+    features: StoredFeatures, labels: Tensor, rows: np.ndarray[Any, np.dtype[np.int64]], device: str
+) -> tuple[BlockTokens, Tensor]:
+    cls, patch_mean = features.batch(rows)
+    return BlockTokens(cls.to(device), patch_mean.to(device)), labels[torch.from_numpy(rows)].to(device)
+
+
+def measure_log_regression(data: LabelledFeatures, settings: TaskSettings) -> Numbers:
+    """Return the accuracy of a logistic regression, and the C that was chosen without the test images."""
+    result = log_regression(*_selected(data, settings), cs=settings.cs, seed=settings.seed)
+    validation = {f"{c:g}": accuracy for c, accuracy in result.validation.items()}
+    return {"top1": result.accuracy, "c": result.c, "validation_top1": validation}
+
+
+def measure_few_shot(data: LabelledFeatures, settings: TaskSettings) -> Numbers:
+    """Return accuracies by number of images a class and classifier: mean, deviation, and each draw."""
+    smallest = int(torch.bincount(data.train_labels).min())
+    shots = [k for k in settings.shots if k <= smallest] or [smallest]
+    found = few_shot(*_selected(data, settings), shots=shots, num_draws=settings.num_draws, seed=settings.seed)
+    return {str(k): {name: _spread(values) for name, values in classifiers.items()} for k, classifiers in found.items()}
+
+
+def _spread(values: list[float]) -> Numbers:
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "std": deviation, "values": values}
+
+
+def measure_retrieval(data: LabelledFeatures, settings: TaskSettings) -> Numbers:
+    """Return the mean average precision of the training images, with the test images as queries."""
+    train, train_labels, test, test_labels = _selected(data, settings)
+    return {"map": mean_average_precision(test, test_labels, train, train_labels)}
+
+
+def _few_shot_headline(numbers: Numbers) -> float:
+    """Return the accuracy of the logistic regression with the most images."""
+    return float(numbers[max(numbers, key=int)]["log_regression"]["mean"])
+
+
+TASKS: dict[str, Task] = {
+    "knn": Task("k-NN", measure_knn, lambda numbers: float(max(numbers["top1"].values()))),
+    "linear": Task("linear", measure_linear, lambda numbers: float(numbers["best"]["top1"])),
+    "log_regression": Task("logistic regression", measure_log_regression, lambda numbers: float(numbers["top1"])),
+    "few_shot": Task("few-shot", measure_few_shot, _few_shot_headline),
+    "retrieval": Task("retrieval mAP", measure_retrieval, lambda numbers: float(numbers["map"])),
+}
+"""By the names of the command line."""

@@ -1,0 +1,184 @@
+"""What frozen features know of the class of an image: k-NN, linear, logistic regression, few-shot, retrieval.
+
+    python eval/classification/run.py --weights runs/mine hub:dinov2_vits14 --data FOLDER
+    python eval/classification/run.py --weights runs/mine random --data FOLDER --tasks knn linear --features patch_mean
+    python eval/classification/run.py --weights w.pth --train ImageNet:split=TRAIN:root=DIR \
+        --val ImageNet:split=VAL:root=DIR
+
+FOLDER holds train/ and val/, each with one sub-folder a class. The features are computed once and kept in --cache.
+Prints one table and writes `results.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # started as a file: a clean clone needs the repository root on the path
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+from rich.table import Table
+
+from dinov2_equi.data.datasets.base import DatasetError, ImageDataset
+from dinov2_equi.data.datasets.make import make_dataset
+from dinov2_equi.evaluation.classification import TASKS, LabelledFeatures, Numbers, TaskSettings
+from dinov2_equi.evaluation.eval_model import PLAIN_FEATURES, EvalModel
+from dinov2_equi.evaluation.labelled import matching_labels
+from dinov2_equi.evaluation.results import write_results
+from dinov2_equi.evaluation.stored_features import stored_features
+from dinov2_equi.logging.console import get_console
+from dinov2_equi.logging.progress import training_progress
+from dinov2_equi.run.allocator import keep_freed_memory
+from dinov2_equi.run.load import FORMS, load_eval_models
+
+DEFAULT_CACHE = Path("~/.cache/dinov2_equi/features")
+VAL_FOLDERS = ("val", "validation", "test")
+RESULTS_FILE = "results.json"
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the parsed command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--weights", nargs="+", required=True, metavar="WEIGHTS", help=f"one or several of: {FORMS}")
+    names = ", ".join(TASKS)
+    add("--tasks", nargs="+", default=list(TASKS), choices=tuple(TASKS), metavar="TASK", help=f"of {names} (all)")
+    data = parser.add_argument_group("images").add_argument
+    data("--data", metavar="FOLDER", help="with train/ and val/, each with one sub-folder a class")
+    data("--train", metavar="DATA", help="labelled images to learn from, instead of --data")
+    data("--val", metavar="DATA", help="labelled images that are classified")
+    data("--size", type=int, help="image side, pixels (default: the one each backbone was trained at)")
+    data("--num-workers", type=int, default=0, help="processes that decode images")
+    data("--cache", type=Path, default=DEFAULT_CACHE, metavar="DIR", help=f"of features (default: {DEFAULT_CACHE})")
+    own = TaskSettings()
+    task = parser.add_argument_group("tasks").add_argument
+    task("--features", choices=PLAIN_FEATURES, default=own.features, help="of all tasks but linear (default: cls)")
+    task("--k", type=int, nargs="+", default=list(own.ks), help="neighbours of k-NN")
+    task("--epochs", type=int, default=own.epochs, help=f"passes of the linear classifiers (default: {own.epochs})")
+    task("--shots", type=int, nargs="+", default=list(own.shots), help="images a class in the few-shot task")
+    task("--draws", type=int, default=own.num_draws, help=f"of these images (default: {own.num_draws})")
+    task("--seed", type=int, default=0)
+    add("--batch-size", type=int, default=64, help="images in one forward pass (default: 64)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--output", type=Path, default=Path("classification"), metavar="DIR", help="default: classification")
+    return parser.parse_args(argv)
+
+
+def choose_data(args: argparse.Namespace) -> tuple[ImageDataset, ImageDataset]:
+    """Return the labelled images to learn from and to classify.
+
+    Raises:
+        DatasetError: if they are not there, or it is not said which are which.
+    """
+    if args.train or args.val:
+        if args.data or not (args.train and args.val):
+            raise DatasetError("give --data alone, or both --train and --val")
+        return make_dataset(args.train), make_dataset(args.val)
+    if not args.data:
+        raise DatasetError("give --data FOLDER with train/ and val/, or --train and --val")
+    root = Path(args.data).expanduser()
+    found = [root / name for name in VAL_FOLDERS if (root / name).is_dir()]
+    if not (root / "train").is_dir() or not found:
+        raise DatasetError(
+            f"expected {root}/train and {root}/val, each with one sub-folder a class; give another folder, or --train "
+            "and --val"
+        )
+    return make_dataset(str(root / "train")), make_dataset(str(found[0]))
+
+
+def extract(args: argparse.Namespace, models: list[EvalModel]) -> dict[str, LabelledFeatures]:
+    """Return the features of all backbones by name, with a progress bar where they are not on disk yet."""
+    sets = choose_data(args)
+    train_labels, val_labels = matching_labels(*sets)
+    for model in models:
+        model.check_size(args.size or model.image_size)
+    passes = sum(math.ceil(len(dataset) / args.batch_size) for dataset in sets)
+    features = {}
+    with training_progress(len(models) * passes) as progress:
+
+        def advance() -> None:
+            progress.update(progress.steps_done + 1)
+
+        for number, model in enumerate(models, start=1):
+            train, val = (
+                stored_features(
+                    model.to(args.device),
+                    dataset,
+                    size=args.size or model.image_size,
+                    folder=args.cache.expanduser(),
+                    device=args.device,
+                    batch_size=args.batch_size,
+                    num_workers=args.num_workers,
+                    on_batch=advance,
+                )
+                for dataset in sets
+            )
+            model.to("cpu")
+            features[model.name] = LabelledFeatures(train, train_labels, val, val_labels)
+            progress.update(number * passes)
+    return features
+
+
+def task_settings(args: argparse.Namespace) -> TaskSettings:
+    """Return the settings of the tasks."""
+    return TaskSettings(
+        features=args.features,
+        ks=args.k,
+        epochs=args.epochs,
+        shots=args.shots,
+        num_draws=args.draws,
+        seed=args.seed,
+        device=args.device,
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, dict[str, Numbers]]:
+    """Return the numbers of every backbone and task, after writing them to `args.output`."""
+    models = load_eval_models(args.weights, size=args.size)
+    settings = task_settings(args)
+    numbers: dict[str, dict[str, Numbers]] = {}
+    for name, features in extract(args, models).items():
+        numbers[name] = {task: TASKS[task].measure(features, settings) for task in args.tasks}
+        sizes: dict[str, Any] = {model.name: args.size or model.image_size for model in models}
+        described = {key: value for key, value in vars(args).items() if key not in ("output", "cache", "seed")}
+        write_results(
+            args.output / RESULTS_FILE,
+            numbers,
+            task="classification",
+            seed=args.seed,
+            settings=described | {"sizes": sizes, "tasks_settings": dataclasses.asdict(settings)},
+        )
+    return numbers
+
+
+def table_of(numbers: dict[str, dict[str, Numbers]], tasks: list[str]) -> Table:
+    """Return the number of each task that a table shows, one line a backbone, in per cent."""
+    table = Table("", *(TASKS[task].title for task in tasks))
+    for name, found in numbers.items():
+        table.add_row(name, *(f"{100 * TASKS[task].headline(found[task]):.1f}" for task in tasks))
+    return table
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the harness; a fault of the input ends in one line on stderr and exit status 1."""
+    args = parse_arguments(argv)
+    keep_freed_memory()
+    try:
+        numbers = run(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    console = get_console()
+    console.print(table_of(numbers, args.tasks))
+    print("Per cent. k-NN: the best k; linear: the best classifier on these images; few-shot: the most images a class.")
+    print(f"written: {args.output / RESULTS_FILE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

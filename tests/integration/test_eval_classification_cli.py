@@ -1,0 +1,108 @@
+"""`eval/classification/run.py` as a user types it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = REPOSITORY / "eval" / "classification" / "run.py"
+TINY = ("--weights", "random:vit_test_tiny/8", "--size", "32", "--epochs", "4", "--draws", "2", "--k", "1", "5")
+
+
+@pytest.fixture(scope="module")
+def script() -> Iterator[ModuleType]:
+    """Return the script as a module. Its path guard acts on a copy of the path."""
+    before = sys.path
+    sys.path = list(before)
+    spec = importlib.util.spec_from_file_location("eval_classification_run", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    sys.path = before
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return train/ and val/ of two classes: dark and bright noise."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 12), ("val", 6)):
+        for label, low in (("bright", 140), ("dark", 0)):
+            place = root / part / label
+            place.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(low, low + 100, (40, 48, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(place / f"{number}.png")
+    return root
+
+
+def results(folder: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return document
+
+
+def test_a_task_has_no_number(
+    tmp_path: Path, script: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = ("--output", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"))
+    assert script.main([*TINY, "--data", str(folder), *places]) == 0
+    document = results(tmp_path / "out")
+    assert document["task"] == "classification"
+    (numbers,) = document["numbers"].values()
+    assert set(numbers) == {"knn", "linear", "log_regression", "few_shot", "retrieval"}
+    assert set(numbers["knn"]["top1"]) == {"1", "5"}
+    assert set(numbers["linear"]["classifiers"]) == {"1 block", "1 block, patch mean"}  # the network has three
+    assert set(numbers["few_shot"]) == {"1", "2", "4", "8"}  # 12 images a class
+    assert numbers["few_shot"]["8"]["class_mean"]["mean"] > 0.9  # dark and bright
+    assert numbers["log_regression"]["top1"] > 0.9
+    assert 0.5 < numbers["retrieval"]["map"] <= 1
+    shown = capsys.readouterr().out
+    assert all(title in shown for title in ("k-NN", "linear", "retrieval", "few-shot"))
+
+
+def test_second_run_reads_the_images_again_or_gives_other_digits(
+    tmp_path: Path, script: ModuleType, folder: Path
+) -> None:
+    found = []
+    for number in range(2):
+        places = ("--output", str(tmp_path / str(number)), "--cache", str(tmp_path / "cache"))
+        assert script.main([*TINY, "--data", str(folder), *places]) == 0
+        found.append(results(tmp_path / str(number))["numbers"])
+    assert found[0] == found[1]
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # training and validation images
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give --data FOLDER with train/ and val/"),
+        (("--data", "nowhere"), "expected nowhere/train and nowhere/val"),
+        (("--train", "a"), "give --data alone, or both --train and --val"),
+        (("--data", "FOLDER", "--size", "33"), "multiple of its patch size 8, got 33"),
+        (("--train", "FOLDER/train", "--val", "FOLDER/val/dark"), "have no classes"),
+    ],
+)
+def test_wrong_input_gives_a_traceback(
+    script: ModuleType,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    words = [word.replace("FOLDER", str(folder)) for word in arguments]
+    places = ("--output", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"))
+    assert script.main([*TINY, *words, *places]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinov2_equi.models.layouts import as_dinov2
 from dinov2_equi.models.vision_transformer import chunk_size
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
     Three forms are understood: a flat state dict (a released backbone), one wrapped as `{"teacher": ...}` or
     `{"model": ...}`, and a teacher checkpoint, recognised by keys that start with `backbone.`: of that one the backbone
-    is returned with exactly this leading `backbone.` removed, and its heads are left out.
+    is returned with exactly this leading `backbone.` removed, and its heads are left out. Weights of timm and
+    transformers are given DINOv2's names; timm's have no mask token, which becomes 0.
 
     Args:
         path: a `.safetensors` file, or anything else for `torch.load(weights_only=True)`.
@@ -44,7 +46,10 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """
     state = _read_tensors(path)
     if not any(name.startswith(BACKBONE_PREFIX) for name in state):
-        return state
+        renamed, library = as_dinov2(state)
+        if library != "dinov2":
+            logger.info("%s: weights with the names of %s", path, library)
+        return renamed
     backbone = _without_prefix(state, BACKBONE_PREFIX)
     if len(backbone) < len(state):
         logger.info("%s: took the backbone, left out %d other tensors (heads)", path, len(state) - len(backbone))

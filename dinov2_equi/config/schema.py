@@ -221,7 +221,8 @@ class StudentConfig:
     """True: the same rate in all blocks. False: growing linearly from 0 in the first to the rate in the last."""
 
     pretrained_weights: str = ""
-    """File with backbone weights to start from; empty: random weights."""
+    """File with weights to start from: a teacher checkpoint or a backbone, ours, DINOv2's, timm's or transformers'. The
+    position embedding is resampled to the crop size; heads are taken where they fit. Empty: random weights."""
 
     ffn_layer: str = "mlp"
     """Feed-forward layer: `mlp`, `swiglu`, `swiglufused` or `identity`."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dinov2_equi.models.layouts import as_dinov2
 from dinov2_equi.models.vision_transformer import chunk_size
@@ -199,6 +200,28 @@ def rechunk_blocks(state: Mapping[str, Tensor], block_chunks: int, depth: int) -
         return f"blocks.{block // size}.{block}.{rest}" if size else f"blocks.{block}.{rest}"
 
     return {_BLOCK_KEY.sub(renamed, name): tensor for name, tensor in state.items()}
+
+
+def resample_positions(state: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:
+    """Return backbone weights whose position embedding fits a patch grid (h, w); the other tensors stay as they are.
+
+    Bicubic, antialiased, in float32. The class token's position is not touched. The caller says that it happened.
+
+    Args:
+        state: names to tensors, `pos_embed` [1, 1 + N, D] of a square grid.
+        grid: wanted number of patches along both axes.
+
+    Raises:
+        ValueError: if the stored positions make no square.
+    """
+    stored = state["pos_embed"]
+    side = math.isqrt(stored.shape[1] - 1)
+    if side * side != stored.shape[1] - 1:
+        raise ValueError(f"expected positions of a square patch grid, got {stored.shape[1] - 1} patches")
+    patches = stored[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)  # [1, D, side, side]
+    patches = functional.interpolate(patches, grid, mode="bicubic", antialias=True, align_corners=False)
+    patches = patches.flatten(2).transpose(1, 2).to(stored.dtype)  # [1, h * w, D]
+    return {**state, "pos_embed": torch.cat([stored[:, :1], patches], dim=1)}
 
 
 def load_exact(

@@ -21,10 +21,10 @@ from dinov2_equi.data.masking import MaskingGenerator
 from dinov2_equi.distributed.env import get_rank, get_world_size
 from dinov2_equi.equi.families.registry import FAMILIES, MIXTURE, NEED_COLOR
 from dinov2_equi.fsdp.checkpoint import read_checkpoint
-from dinov2_equi.models.registry import ARCHS
-from dinov2_equi.models.weights import load_exact, read_state_dict, rechunk_blocks
+from dinov2_equi.models.weights import load_exact
 from dinov2_equi.train import schedules
 from dinov2_equi.train.param_groups import build_param_groups
+from dinov2_equi.train.pretrained import load_pretrained
 from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
 from dinov2_equi.train.state import TrainState
 
@@ -190,7 +190,7 @@ def check_weight_files(cfg: Config) -> None:
 
 
 def load_initial_weights(model: SSLMetaArch, cfg: Config) -> None:
-    """Load `MODEL.WEIGHTS` (a checkpoint folder of ours) or `student.pretrained_weights` (a backbone) where given.
+    """Load `MODEL.WEIGHTS` (a checkpoint folder of ours) or `student.pretrained_weights` where given.
 
     Raises:
         ValueError: if the weights do not match the model exactly; lists the differences.
@@ -199,10 +199,7 @@ def load_initial_weights(model: SSLMetaArch, cfg: Config) -> None:
     if cfg.MODEL.WEIGHTS:
         load_exact(model, read_checkpoint(Path(cfg.MODEL.WEIGHTS).expanduser()).tensors["model"])
     elif cfg.student.pretrained_weights:
-        state = read_state_dict(Path(cfg.student.pretrained_weights).expanduser())
-        chunked = rechunk_blocks(state, cfg.student.block_chunks, ARCHS[cfg.student.arch].depth)
-        for network in (model.student, model.teacher):
-            load_exact(network["backbone"], chunked)
+        load_pretrained(model, cfg, Path(cfg.student.pretrained_weights).expanduser())
 
 
 def build_initial_student(cfg: Config) -> torch.nn.ModuleDict:

@@ -507,7 +507,23 @@ class EvaluationConfig:
     """Evaluation during and after training."""
 
     eval_period_iterations: int = 12500
-    """Steps between two exports of the teacher's weights; 0: only at the end."""
+    """Steps between two exports of the teacher's weights, each followed by `tasks`; 0: only an export at the end."""
+
+    tasks: list[str] = field(default_factory=lambda: ["knn", "linear", "equivariance"])
+    """What is measured of the teacher while training, of `knn`, `linear` and `equivariance`; logged as `eval/*`. The
+    first two need classes, the last held-back images; what cannot be measured is left out. A failure stops nothing."""
+
+    train_dataset_path: str = ""
+    """Labelled images for `knn` and `linear`, in the form of `train.dataset_path`; empty: the training images."""
+
+    val_dataset_path: str = ""
+    """Labelled images that are classified; empty: the held-back images."""
+
+    max_images: int = 5000
+    """Images of either kind at most, evenly spread."""
+
+    best_metric: str = ""
+    """Keep the teacher for which this is highest in `best/`: `knn`, `linear` or `r2_rotation`; empty: none."""
 
     probe: bool = True
     """At the end, regress the transform from the features of held-back image pairs, and say how well that works."""

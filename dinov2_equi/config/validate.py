@@ -82,6 +82,8 @@ _THREE_POSITIVE = Rule(
 
 _HEAD_RULES = ("head_n_prototypes", "head_bottleneck_dim", "head_nlayers", "head_hidden_dim")
 
+_EVALUATIONS = ("knn", "linear", "equivariance")
+
 RULES: Mapping[str, Rule] = {
     "dino.loss_weight": _NOT_NEGATIVE,
     "dino.koleo_loss_weight": _NOT_NEGATIVE,
@@ -161,6 +163,8 @@ RULES: Mapping[str, Rule] = {
     "logging.diagnostics_every_steps": _NOT_NEGATIVE,
     "logging.pictures_every_steps": _NOT_NEGATIVE,
     "evaluation.eval_period_iterations": _NOT_NEGATIVE,
+    "evaluation.tasks": Rule(f"a list of {', '.join(_EVALUATIONS)}", lambda value: set(value) <= set(_EVALUATIONS)),
+    "evaluation.max_images": _COUNT,
     "evaluation.probe_train_pairs": _COUNT,
     "evaluation.probe_test_pairs": _COUNT,
     "evaluation.probe_epochs": _COUNT,
@@ -194,6 +198,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "equi.target": ("path", "untransformed", "view_2", "view_1", "masked", "theta"),
     "equi.source_2": ("student", "teacher"),
     "equi.decoder.type": ("transformer", "upconv"),
+    "evaluation.best_metric": ("", "knn", "linear", "r2_rotation"),
 }
 """Words that a key may hold."""
 

@@ -100,12 +100,31 @@ def stored_features(
         pending.mkdir(parents=True)
         try:
             loader = image_batches(dataset, EvalTransform(size), batch_size=batch_size, num_workers=num_workers)
-            _write(pending, _tokens(model, loader, device, on_batch or (lambda: None)), len(dataset))
+            _write(pending, _tokens(model, loader, device, on_batch or _nothing), len(dataset))
             (pending / _FACTS).write_text(json.dumps(identity, indent=1), encoding="utf-8")
             pending.rename(place)
         finally:
             shutil.rmtree(pending, ignore_errors=True)
     return StoredFeatures(np.load(place / _CLS, mmap_mode="r"), np.load(place / _PATCH_MEAN, mmap_mode="r"))
+
+
+def computed_features(
+    model: EvalModel,
+    dataset: ImageDataset,
+    *,
+    size: int,
+    device: torch.device | str = "cpu",
+    batch_size: int = 64,
+) -> StoredFeatures:
+    """Return the features of a data set in memory and not on disk; see `stored_features`."""
+    loader = image_batches(dataset, EvalTransform(size), batch_size=batch_size)
+    batches = list(_tokens(model, loader, device, _nothing))
+    cls, patch_mean = (torch.cat(tensors).half().cpu().numpy() for tensors in zip(*batches, strict=True))
+    return StoredFeatures(cls, patch_mean)
+
+
+def _nothing() -> None:
+    """Do nothing after a batch."""
 
 
 def _tokens(

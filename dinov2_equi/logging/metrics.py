@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 METRICS_NAME = "training_metrics.json"
+EVALUATION_NAME = "evaluation_metrics.json"
 PICTURES_NAME = "pictures"
 TENSORBOARD_NAME = "tensorboard"
 _STEP_KEY = "iteration"
@@ -91,8 +92,9 @@ def _open_tensorboard(directory: Path, start_step: int) -> SummaryWriter | None:
 class MetricWriter:
     """Writes scalars and pictures of a run; to be made by the main process only. Closes itself as a context manager.
 
-    ``training_metrics.json`` holds one JSON object a line, each flushed as it is written. On construction the lines
-    from ``start_step`` on are dropped, so that a resumed (or restarted) run holds each step once.
+    ``training_metrics.json`` holds one JSON object a line, each flushed as it is written; ``evaluation_metrics.json``
+    does the same for what is measured now and then. On construction the lines from ``start_step`` on are dropped, so
+    that a resumed (or restarted) run holds each step once.
 
     Args:
         output_dir: the run's folder, made if missing.
@@ -107,7 +109,8 @@ class MetricWriter:
         self._output_dir = Path(output_dir)
         self._output_dir.mkdir(parents=True, exist_ok=True)
         path = self._output_dir / METRICS_NAME
-        _truncate(path, start_step)
+        for name in (METRICS_NAME, EVALUATION_NAME):
+            _truncate(self._output_dir / name, start_step)
         self._file: TextIO = path.open("a", encoding="utf-8", newline="\n")
         self._tensorboard = _open_tensorboard(self._output_dir / TENSORBOARD_NAME, start_step) if tensorboard else None
 
@@ -115,6 +118,15 @@ class MetricWriter:
         """Append one line with ``iteration`` = ``step`` and the scalars: numbers or tensors of one element."""
         self._file.write(_format_line(step, scalars))
         self._file.flush()
+        self._add_scalars(step, scalars)
+
+    def write_evaluation(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Append one line to the file of evaluations; as `write`."""
+        with (self._output_dir / EVALUATION_NAME).open("a", encoding="utf-8", newline="\n") as file:
+            file.write(_format_line(step, scalars))
+        self._add_scalars(step, scalars)
+
+    def _add_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         if self._tensorboard is not None:
             for name, value in scalars.items():
                 self._tensorboard.add_scalar(name, float(value), step)

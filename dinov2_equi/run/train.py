@@ -28,6 +28,7 @@ from dinov2_equi.fsdp.manifest import CheckpointError
 from dinov2_equi.layers.backend import describe_backend
 from dinov2_equi.logging.setup import setup_logging
 from dinov2_equi.run.allocator import keep_freed_memory
+from dinov2_equi.run.evaluation_hook import evaluation_hook
 from dinov2_equi.run.finish import finish_run
 from dinov2_equi.run.folder import check_run_folder, holds_run, set_aside
 from dinov2_equi.run.pictures import picture_hook
@@ -115,7 +116,15 @@ def _run(args: argparse.Namespace) -> None:
         state = load_finished(cfg, derived, device=device, output_dir=output_dir)
     else:
         on_picture = picture_hook(cfg, holdout, device)
-        state = train(cfg, derived, dataset=dataset, device=device, output_dir=output_dir, on_picture=on_picture)
+        state = train(
+            cfg,
+            derived,
+            dataset=dataset,
+            device=device,
+            output_dir=output_dir,
+            on_picture=on_picture,
+            on_evaluation=evaluation_hook(cfg, dataset, holdout, device=device, output_dir=output_dir),
+        )
     finish_run(cfg, state, dataset=dataset, holdout=holdout, device=device, output_dir=output_dir)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 
 StepHook = Callable[[SSLMetaArch, int, MetricWriter], None]
-"""Called with the model, the number of finished steps, and the writer: for pictures while training."""
+"""Called with the model, the number of finished steps, and the writer: for pictures and measurements while training."""
 
 
 def train(
@@ -42,6 +42,7 @@ def train(
     device: torch.device,
     output_dir: Path,
     on_picture: StepHook | None = None,
+    on_evaluation: StepHook | None = None,
 ) -> TrainState:
     """Train to `derived.total_steps`, going on from the newest sound checkpoint in `output_dir`.
 
@@ -52,6 +53,7 @@ def train(
         device: where to compute.
         output_dir: run folder; gets checkpoints, metrics, and the exported teacher.
         on_picture: called every `logging.pictures_every_steps` steps.
+        on_evaluation: called every `evaluation.eval_period_iterations` steps, after the export of the teacher.
 
     Returns:
         The finished run, its model in evaluation mode.
@@ -66,7 +68,8 @@ def train(
     if state.step >= derived.total_steps:
         logger.info("the run is complete: %d of %d steps", state.step, derived.total_steps)
     else:
-        _run_steps(state, cfg, derived, store, dataset=dataset, output_dir=output_dir, on_picture=on_picture)
+        hooks = ((cfg.logging.pictures_every_steps, on_picture), (cfg.evaluation.eval_period_iterations, on_evaluation))
+        _run_steps(state, cfg, derived, store, dataset=dataset, output_dir=output_dir, hooks=hooks)
     export_teacher(state.model, output_dir)  # also after a stop between the last checkpoint and this line
     state.model.eval()
     return state
@@ -107,9 +110,9 @@ def _run_steps(
     *,
     dataset: ImageDataset,
     output_dir: Path,
-    on_picture: StepHook | None,
+    hooks: Sequence[tuple[int, StepHook | None]],
 ) -> None:
-    """Run the steps that are left."""
+    """Run the steps that are left; a hook is called every so many steps."""
     device = next(state.model.parameters()).device
     loader = build.build_loader(cfg, derived, dataset, start_step=state.step, pin_memory=device.type == "cuda")
     schedules = build.build_schedules(cfg, derived)
@@ -129,9 +132,10 @@ def _run_steps(
             if state.step == 1 or any(_due(state.step, period, derived.total_steps) for period in periods):
                 writer.write(state.step - 1, scalars)
             _periodic(state, cfg, derived, store, output_dir)
-            if on_picture is not None and _due(state.step, cfg.logging.pictures_every_steps):
-                on_picture(state.model, state.step, writer)
-                state.model.train()
+            for period, hook in hooks:
+                if hook is not None and _due(state.step, period):
+                    hook(state.model, state.step, writer)
+                    state.model.train()
 
 
 def _periodic(state: TrainState, cfg: Config, derived: Derived, store: CheckpointStore, output_dir: Path) -> None:
@@ -139,7 +143,12 @@ def _periodic(state: TrainState, cfg: Config, derived: Derived, store: Checkpoin
     if _due(state.step, derived.checkpoint_every_steps, derived.total_steps):
         state.save(store, cfg)
     if _due(state.step, cfg.evaluation.eval_period_iterations):
-        export_teacher(state.model, output_dir / "eval" / f"training_{state.step - 1}")
+        export_teacher(state.model, exported_teacher(output_dir, state.step))
+
+
+def exported_teacher(output_dir: Path, step: int) -> Path:
+    """Return the folder of the teacher after `step` steps; numbered as DINOv2 does."""
+    return output_dir / "eval" / f"training_{step - 1}"
 
 
 def _due(step: int, period: int, last: int | None = None) -> bool:

@@ -75,7 +75,13 @@ def keys_read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return read
 
 
-OFF = ("equi.family=null", "equi.loss_weight=0", "evaluation.probe=false", "logging.report=false")
+OFF = (
+    "equi.family=null",
+    "equi.loss_weight=0",
+    "evaluation.probe=false",
+    "evaluation.tasks=[knn]",
+    "logging.report=false",
+)
 SHORT = ("train.OFFICIAL_EPOCH_LENGTH=1", "logging.pictures_every_steps=1", "evaluation.eval_period_iterations=1")
 
 
@@ -232,6 +238,11 @@ TEACHES_NOTHING: dict[str, str] = {
     "evaluation.probe_epochs": "1",
     "evaluation.probe_size": "24",
     "evaluation.batch_size": "7",
+    "evaluation.tasks": "[equivariance]",
+    "evaluation.train_dataset_path": "small_photos:split=TRAIN",
+    "evaluation.val_dataset_path": "small_photos:split=TEST",
+    "evaluation.max_images": "9",
+    "evaluation.best_metric": "r2_rotation",
 }
 """Keys that decide what a run writes, and how fast."""
 

@@ -57,6 +57,13 @@ class Subset:
         return int(self.indices[index])
 
 
+def evenly_spread(dataset: ImageDataset, max_images: int) -> ImageDataset:
+    """Return a view of up to `max_images` images, evenly spread over a data set, which may have fewer."""
+    if len(dataset) <= max_images:
+        return dataset
+    return Subset(dataset, [index * len(dataset) // max_images for index in range(max_images)])
+
+
 def split_holdout(dataset: ImageDataset, fraction: float, seed: int) -> tuple[Subset, Subset]:
     """Return (train, holdout): disjoint views that together hold every image, each in the order of the data set.
 

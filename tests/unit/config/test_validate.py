@@ -12,7 +12,14 @@ from dinov2_equi.config.keys import is_text, leaf_types
 from dinov2_equi.config.schema import Config
 from dinov2_equi.config.validate import CHOICES, RULES, find_problems, validate, value_at
 
-PATHS = {"MODEL.WEIGHTS", "train.output_dir", "student.pretrained_weights", "data.holdout_path"}
+PATHS = {
+    "MODEL.WEIGHTS",
+    "train.output_dir",
+    "student.pretrained_weights",
+    "data.holdout_path",
+    "evaluation.train_dataset_path",
+    "evaluation.val_dataset_path",
+}
 FROM_TABLES = {"student.arch", "equi.family"}
 JUDGED_WITH_OTHERS = {"equi.layer", "equi.mixture"}  # what they may be depends on the architecture and the family
 
@@ -90,6 +97,8 @@ def test_every_rule_belongs_to_a_leaf() -> None:
         ("data__std", [[0.1, 0.1, 0.1]], [[0.1, 0.0, 0.1], [0.1, 0.1], []]),
         ("logging__metrics_every_steps", [1], [0]),
         ("evaluation__eval_period_iterations", [0], [-1]),
+        ("evaluation__tasks", [[], ["linear"], ["equivariance", "knn"]], [["depth"], ["knn", ""]]),
+        ("evaluation__max_images", [1], [0]),
     ],
 )
 def test_limits(key: str, good: list[Any], bad: list[Any], tables: dict[str, Any]) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 SET_ASIDE = "set_aside"
 RUN_ENTRIES = (
+    "best",
     "checkpoints",
     "config.yaml",
     "equi_branch.safetensors",
     "eval",
+    "evaluation_metrics.json",
     "knn.json",
     "logs",
     "pictures",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from dinov2_equi.config.schema import Config
 from dinov2_equi.equi.feature_split import RECORDED_BLOCK, RECORDED_DIM, FeatureSplit, split_from_record
 from dinov2_equi.evaluation.eval_model import DEFAULT_IMAGE_SIZE, EvalModel, default_image_size
 from dinov2_equi.evaluation.foreign import load_timm, load_transformers
-from dinov2_equi.evaluation.model import load_backbone, random_backbone
+from dinov2_equi.evaluation.model import RawPixels, load_backbone, random_backbone
 from dinov2_equi.hub.released import released_dinov2
 from dinov2_equi.models.registry import ARCHS
 from dinov2_equi.models.vision_transformer import DinoVisionTransformer
@@ -26,10 +26,10 @@ from dinov2_equi.train.settings import load_run_config
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
-RANDOM = "random"
+RANDOM, PIXELS = "random", "pixels"
 FORMS = (
     "a run folder, a weight file, random (the weights a run starts from), random:vit_small/14, hub:dinov2_vits14, "
-    "timm:NAME, transformers:NAME_OR_FOLDER"
+    "timm:NAME, transformers:NAME_OR_FOLDER, pixels (16 x 16 of them, no network)"
 )
 """What `load_eval_model` understands, in words."""
 
@@ -71,7 +71,7 @@ def load_eval_model(spec: str, *, size: int | None = None, seed: int = 0) -> Eva
 
     Args:
         spec: a run folder, a weight file (`.pth` or `.safetensors`, ours or DINOv2's), `random:RUN_FOLDER`,
-            `random:ARCH/PATCH`, `hub:NAME`, `timm:NAME` or `transformers:NAME_OR_FOLDER`.
+            `random:ARCH/PATCH`, `hub:NAME`, `timm:NAME`, `transformers:NAME_OR_FOLDER` or `pixels`.
         size: side of the images it will see, pixels; None for its own. Only timm has to know it beforehand.
         seed: of random weights.
 
@@ -86,14 +86,15 @@ def load_eval_model(spec: str, *, size: int | None = None, seed: int = 0) -> Eva
         return load_run(path)
     if path.is_file():
         return _from_file(path)
-    if kind == RANDOM:
-        return load_initial(Path(name).expanduser()) if is_run(name) else _random_model(name, size, seed)
-    if kind == "hub":
-        return _from_backbone(spec, released_dinov2(name))
-    if kind == "timm":
-        return load_timm(name, size=size)
-    if kind == "transformers":
-        return load_transformers(name)
+    loaders: dict[str, Callable[[], EvalModel]] = {
+        RANDOM: lambda: load_initial(Path(name).expanduser()) if is_run(name) else _random_model(name, size, seed),
+        "hub": lambda: _from_backbone(spec, released_dinov2(name)),
+        "timm": lambda: load_timm(name, size=size),
+        "transformers": lambda: load_transformers(name),
+        PIXELS: lambda: EvalModel(name=PIXELS, backbone=RawPixels(), patch_size=1),
+    }
+    if kind in loaders:
+        return loaders[kind]()
     if path.is_dir():
         raise ValueError(f"{spec} is a folder without {CONFIG_FILE}, so no run; give one of: {FORMS}")
     raise ValueError(f"there is no file {spec!r}, and it names nothing else; give one of: {FORMS}")

@@ -143,6 +143,17 @@ def test_random_weights_ignore_seed_or_size() -> None:
     assert not torch.equal(features(first)["cls"], features(other)["cls"])
 
 
+def test_pixels_are_no_baseline() -> None:
+    model = load_eval_model("pixels")
+    images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    cls = model.features(images, device="cpu")["cls"]
+    assert cls.shape == (2, 3 * 16 * 16)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (model.mean, model.std))
+    first = ((images[0] - mean) / std)[:, :2, :3].mean(dim=(1, 2))  # the pixels that the first of 16 x 16 covers
+    torch.testing.assert_close(cls[0].view(3, 256)[:, 0], first)
+    assert (model.name, model.num_blocks) == ("pixels", 1)
+
+
 def test_a_hub_name_does_not_reach_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 

@@ -1,6 +1,6 @@
 """Measure several backbones with several harnesses, and put what they reached into one table and one figure.
 
-    python eval/run_all.py configs/eval/compare.yaml
+    python eval/run_all.py eval/compare.yaml
 
 The file names backbones and tasks; every pair is measured by its own script in its own folder, OUTPUT/MODEL/TASK. A
 pair that is finished with the same arguments is not repeated, one that fails is named at the end and left out.

@@ -146,3 +146,8 @@ def test_wrong_plan_gives_a_traceback(
     assert script.main([str(plan(**changes))]) == 1
     assert message in capsys.readouterr().err
     assert started == []
+
+
+def test_example_names_a_script_that_is_gone(script: ModuleType) -> None:
+    _, pairs = script.read_plan(REPOSITORY / "eval" / "compare.yaml")
+    assert len(pairs) == 6

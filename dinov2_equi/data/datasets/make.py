@@ -15,6 +15,7 @@ from dinov2_equi.data.datasets.image_net import ImageNet
 from dinov2_equi.data.datasets.sample_photos import DEFAULT_REGIONS, SamplePhotos
 from dinov2_equi.data.datasets.small_photos import SmallPhotos
 from dinov2_equi.data.datasets.synthetic import SyntheticImages
+from dinov2_equi.data.datasets.torchvision_sets import TorchvisionSet
 
 # A colon counts only before `key=`, so that paths may hold colons.
 _SEPARATOR = re.compile(r":(?=[A-Za-z_]+=)")
@@ -34,8 +35,8 @@ def make_dataset(spec: str) -> ImageDataset:
     """Return the data set that a string names.
 
     `sample_photos[:split=TRAIN|VAL][:regions=N]`, `small_photos[:split=TRAIN|TEST]`,
-    `synthetic[:length=N][:size=HxW][:seed=N]`, `ImageNet:split=TRAIN|VAL:root=FOLDER`, `folder:root=FOLDER`, or the
-    path of a folder of images.
+    `synthetic[:length=N][:size=HxW][:seed=N]`, `ImageNet:split=TRAIN|VAL:root=FOLDER`,
+    `torchvision:name=NAME:root=FOLDER[:split=train|val]`, `folder:root=FOLDER`, or the path of a folder of images.
 
     Raises:
         DatasetError: Unknown name or key, a value of the wrong kind, or the data set's own fault (folder missing,
@@ -92,6 +93,12 @@ def _build_image_net(values: Mapping[str, str]) -> ImageDataset:
     return ImageNet(_root("ImageNet", values), values.get("split", "TRAIN"), values.get("extra"))
 
 
+def _build_torchvision(values: Mapping[str, str]) -> ImageDataset:
+    if not values.get("name"):
+        raise DatasetError(f"data set 'torchvision' needs a name; its form is {_FORMS['torchvision'].usage}")
+    return TorchvisionSet(values["name"], _root("torchvision", values), values.get("split", "train"))
+
+
 def _build_folder(values: Mapping[str, str]) -> ImageDataset:
     return ImageFolder(_root("folder", values))
 
@@ -101,6 +108,11 @@ _FORMS = {
     "small_photos": _Form("small_photos[:split=TRAIN|TEST]", ("split",), _build_small_photos),
     "synthetic": _Form("synthetic[:length=N][:size=HxW][:seed=N]", ("length", "size", "seed"), _build_synthetic),
     "ImageNet": _Form("ImageNet:split=TRAIN|VAL:root=FOLDER", ("split", "root", "extra"), _build_image_net),
+    "torchvision": _Form(
+        "torchvision:name=CIFAR10|Food101|...:root=FOLDER[:split=train|val]",
+        ("name", "root", "split"),
+        _build_torchvision,
+    ),
     "folder": _Form("folder:root=FOLDER", ("root",), _build_folder),
 }
 

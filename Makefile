@@ -31,6 +31,7 @@ help:
 	@echo "               ARGS=\"key=value\"  other settings, for example ARGS=\"optim.epochs=2 train.seed=1\""
 	@echo "make test      all checks: style, types, imports, tests on the CPU"
 	@echo "make test-slow the slow tests;  make test-gpu  the tests that need a CUDA device"
+	@echo "make bench     speed and memory against plain references; the numbers go to runs/bench"
 	@echo "make lint      style and imports only;  make types  types only"
 	@echo "make format    rewrite the code in the project's style"
 	@echo "make clean     remove caches; keeps $(VENV) and runs"
@@ -111,6 +112,11 @@ test-slow: $(DEV_STAMP)
 .PHONY: test-gpu
 test-gpu: $(DEV_STAMP)
 	@$(PYTEST) -m gpu
+
+.PHONY: bench
+bench: $(RUN_STAMP)
+	@for name in views evaluation; do \
+	  echo "== benchmarks/$$name.py"; OMP_NUM_THREADS=1 $(PY) benchmarks/$$name.py --output runs/bench/$$name.json; done
 
 .PHONY: format
 format: $(DEV_STAMP)

@@ -21,6 +21,7 @@ def weighted_knn(
     ks: Sequence[int] = DEFAULT_KS,
     temperature: float = TEMPERATURE,
     chunk_size: int = 512,
+    train_chunk_size: int = 65_536,
 ) -> dict[int, float]:
     """Return the top-1 accuracy in [0, 1] for each number of neighbours in `ks`.
 
@@ -39,7 +40,9 @@ def weighted_knn(
         test_labels: [n] integers >= 0; a class absent from the training labels is always wrong.
         ks: numbers of neighbours.
         temperature: softness of the votes; DINOv2 uses 0.07.
-        chunk_size: test images compared at a time; bounds memory at chunk_size * R similarities.
+        chunk_size: test images compared at a time.
+        train_chunk_size: with so many training images; bounds memory at chunk_size * train_chunk_size similarities, and
+            a float32 copy of so many training features.
 
     Raises:
         ValueError: for shapes that do not belong together, empty sets, or a k outside 1..R.
@@ -49,13 +52,11 @@ def weighted_knn(
     _check_sets(train_features, train_labels, test_features, test_labels)
     _check_neighbours(ks, len(train_features), temperature)
     train_labels, test_labels = train_labels.to(train_features.device), test_labels.to(train_features.device)
-    train = F.normalize(train_features.float(), dim=1)
-    test = F.normalize(test_features.float(), dim=1)
     num_classes = int(train_labels.max()) + 1
     num_correct = dict.fromkeys(ks, 0)
-    test_chunks, label_chunks = torch.split(test, chunk_size), torch.split(test_labels, chunk_size)
+    test_chunks, label_chunks = test_features.split(chunk_size), test_labels.split(chunk_size)
     for chunk, labels in zip(test_chunks, label_chunks, strict=True):
-        similarities, nearest = (chunk @ train.T).topk(max(ks), dim=1)  # [b, max k] each, most similar first
+        similarities, nearest = _nearest(chunk, train_features, max(ks), train_chunk_size)  # [b, max k] each
         # Taking the largest off scales all votes of a row alike, so that no temperature makes them overflow or all 0.
         weights = ((similarities - similarities[:, :1]) / temperature).exp()  # [b, max k]
         neighbour_labels = train_labels[nearest]  # [b, max k]
@@ -63,7 +64,24 @@ def weighted_knn(
             votes = weights.new_zeros(len(chunk), num_classes)
             votes.scatter_add_(1, neighbour_labels[:, :k], weights[:, :k])
             num_correct[k] += int((votes.argmax(dim=1) == labels).sum())
-    return {k: correct / len(test) for k, correct in num_correct.items()}
+    return {k: correct / len(test_features) for k, correct in num_correct.items()}
+
+
+def _nearest(test: Tensor, train: Tensor, k: int, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """Return cosine similarities and rows of the k training features [R, F] nearest to each of [b, F]: [b, k] each.
+
+    Most similar first. Training features are normalised chunk by chunk: there is no second copy of all of them.
+    """
+    test = F.normalize(test.float(), dim=1)
+    similarities, rows = test.new_empty(len(test), 0), torch.empty(len(test), 0, dtype=torch.int64, device=test.device)
+    for number, chunk in enumerate(train.split(chunk_size)):
+        found = test @ F.normalize(chunk.float(), dim=1).T  # [b, chunk]
+        values, places = found.topk(min(k, len(chunk)), dim=1)
+        similarities = torch.cat([similarities, values], dim=1)
+        rows = torch.cat([rows, places + number * chunk_size], dim=1)
+        similarities, order = similarities.topk(min(k, similarities.shape[1]), dim=1)
+        rows = rows.gather(1, order)
+    return similarities, rows
 
 
 def _check_sets(train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor) -> None:

@@ -33,10 +33,20 @@ def clusters(n: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("temperature", [0.07, 1.0])
-def test_accuracy_equals_a_plain_loop(temperature: float) -> None:
+@pytest.mark.parametrize("train_chunk_size", [1, 7, 25, 60, 1000])
+def test_accuracy_equals_a_plain_loop(temperature: float, train_chunk_size: int) -> None:
     (train, train_labels), (test, test_labels) = clusters(60, 0), clusters(41, 1)
     ks = (1, 5, 20, 60)
-    got = weighted_knn(train, train_labels, test, test_labels, ks=ks, temperature=temperature, chunk_size=16)
+    got = weighted_knn(
+        train,
+        train_labels,
+        test,
+        test_labels,
+        ks=ks,
+        temperature=temperature,
+        chunk_size=16,
+        train_chunk_size=train_chunk_size,
+    )
     arrays = [tensor.double().numpy() if tensor.is_floating_point() else tensor.numpy()
               for tensor in (train, train_labels, test, test_labels)]  # fmt: skip
     # Counts of right answers: equal exactly unless two classes tie within float32, which these data do not do.

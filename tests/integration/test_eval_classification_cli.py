@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -106,3 +107,54 @@ def test_wrong_input_gives_a_traceback(
     assert script.main([*TINY, *words, *places]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+# --------------------------------------------------------------------------------------------------------- fine-tuning
+
+
+@pytest.fixture(scope="module")
+def finetune_script() -> Iterator[ModuleType]:
+    """Return `finetune.py` as a module. Its path guard acts on a copy of the path."""
+    before = sys.path
+    sys.path = list(before)
+    spec = importlib.util.spec_from_file_location("eval_finetune", SCRIPT.with_name("finetune.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    sys.path = before
+
+
+def test_fine_tuned_classifier_is_not_written(tmp_path: Path, finetune_script: ModuleType, folder: Path) -> None:
+    words = ("--weights", "random:vit_test_tiny/8", "--size", "32", "--epochs", "2", "--data", str(folder))
+    recipe = ("--set", "batch_size=8", "lr=0.01", "rand_augment=3")
+    assert finetune_script.main([*words, *recipe, "--output", str(tmp_path)]) == 0
+    document = results(tmp_path)
+    assert document["task"] == "finetune"
+    assert document["settings"]["recipe"]["rand_augment"] == 3
+    (numbers,) = document["numbers"].values()
+    assert len(numbers["top1_by_epoch"]) == 2 and numbers["top1"] == numbers["top1_by_epoch"][-1]
+    saved = torch.load(tmp_path / "classifier.pth", weights_only=True)
+    assert saved["classes"] == ["bright", "dark"] and saved["model"]["head.weight"].shape == (2, 48)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--set", "speed=3"), "a name of epochs, warmup_epochs"),
+        (("--set", "lr=fast"), "--set lr takes a number, got 'fast'"),
+        (("--train", "a"), "give --data FOLDER with train/ and val/, or both"),
+    ],
+)
+def test_wrong_recipe_gives_a_traceback(
+    finetune_script: ModuleType,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    message: str,
+) -> None:
+    base = ("--weights", "random:vit_test_tiny/8", "--size", "32", "--data", str(folder))
+    assert finetune_script.main([*base, *words, "--output", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

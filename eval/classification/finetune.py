@@ -1,0 +1,149 @@
+"""Fine-tune a whole backbone to classify images.
+
+    python eval/classification/finetune.py --weights runs/mine --data FOLDER --epochs 50
+    python eval/classification/finetune.py --weights hub:dinov2_vits14 --data FOLDER --size 224 --set lr=1e-4 mixup=0
+
+FOLDER holds train/ and val/, each with one sub-folder a class. The recipe is AdamW with layer-wise learning rates,
+warm-up and cosine, RandAugment, mixup, CutMix and label smoothing; `--set` changes any of its settings. Writes
+`results.json` and the classifier of the last pass, `classifier.pth`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # started as a file: a clean clone needs the repository root on the path
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+import yaml
+
+from dinov2_equi.data.datasets.base import DatasetError, ImageDataset
+from dinov2_equi.data.datasets.make import make_dataset
+from dinov2_equi.evaluation.finetune import (
+    AugmentedImages,
+    Classifier,
+    FinetuneResult,
+    FinetuneSettings,
+    PlainImages,
+    finetune,
+)
+from dinov2_equi.evaluation.labelled import matching_labels
+from dinov2_equi.evaluation.results import write_results
+from dinov2_equi.logging.progress import training_progress
+from dinov2_equi.run.allocator import keep_freed_memory
+from dinov2_equi.run.load import FORMS, load_eval_model
+
+RESULTS_FILE, CLASSIFIER_FILE = "results.json", "classifier.pth"
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the parsed command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--weights", required=True, metavar="WEIGHTS", help=f"one of: {FORMS}")
+    add("--data", metavar="FOLDER", help="with train/ and val/, each with one sub-folder a class")
+    add("--train", metavar="DATA", help="labelled images to train on, instead of --data")
+    add("--val", metavar="DATA", help="labelled images that are classified")
+    add("--size", type=int, help="image side, pixels (default: the one the backbone was trained at)")
+    own = FinetuneSettings()
+    add("--epochs", type=int, default=own.epochs, help=f"default: {own.epochs}")
+    names = ", ".join(f.name for f in dataclasses.fields(own) if f.name != "epochs")
+    add("--set", nargs="*", default=[], metavar="NAME=VALUE", help=f"other settings of the recipe: {names}")
+    add("--num-workers", type=int, default=0, help="processes that make crops")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--output", type=Path, default=Path("finetune"), metavar="DIR", help="default: finetune")
+    return parser.parse_args(argv)
+
+
+def read_settings(args: argparse.Namespace) -> FinetuneSettings:
+    """Return the recipe.
+
+    Raises:
+        ValueError: for a name that the recipe lacks, or a value of another kind.
+    """
+    known = {f.name: f.default for f in dataclasses.fields(FinetuneSettings)}
+    changes: dict[str, Any] = {"epochs": args.epochs}
+    for word in args.set:
+        name, separator, text = word.partition("=")
+        if not separator or name not in known:
+            raise ValueError(f"--set takes NAME=VALUE with a name of {', '.join(known)}; got {word!r}")
+        kind = type(known[name])
+        try:
+            changes[name] = kind(yaml.safe_load(text)) if kind is int else float(text)
+        except (TypeError, ValueError):
+            raise ValueError(f"--set {name} takes a number, got {text!r}") from None
+    if "warmup_epochs" not in changes:
+        changes["warmup_epochs"] = min(FinetuneSettings.warmup_epochs, args.epochs // 10)
+    settings = FinetuneSettings(**changes)
+    settings.check()
+    return settings
+
+
+def choose_data(args: argparse.Namespace) -> tuple[ImageDataset, ImageDataset]:
+    """Return the labelled images to train on and to classify.
+
+    Raises:
+        DatasetError: if they are not there, or it is not said which are which.
+    """
+    if bool(args.train) != bool(args.val) or bool(args.data) == bool(args.train):
+        raise DatasetError("give --data FOLDER with train/ and val/, or both --train and --val")
+    if args.train:
+        return make_dataset(args.train), make_dataset(args.val)
+    root = Path(args.data).expanduser()
+    return make_dataset(str(root / "train")), make_dataset(str(root / "val"))
+
+
+def run(args: argparse.Namespace) -> FinetuneResult:
+    """Fine-tune, write results and classifier, and return what was reached."""
+    settings = read_settings(args)
+    train, val = choose_data(args)
+    train_labels, val_labels = matching_labels(train, val)
+    model = load_eval_model(args.weights)
+    size = args.size or model.image_size
+    model.check_size(size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        classifier = Classifier(model, int(train_labels.max()) + 1).to(args.device)
+    with training_progress(settings.epochs * (len(train) // settings.batch_size)) as progress:
+        result = finetune(
+            classifier,
+            AugmentedImages(train, size, settings),
+            PlainImages(val, val_labels, size),
+            settings,
+            device=args.device,
+            num_workers=args.num_workers,
+            on_step=lambda loss: progress.update(progress.steps_done + 1, {"loss": loss}),
+        )
+    described = {key: value for key, value in vars(args).items() if key not in ("output", "set")}
+    write_results(
+        args.output / RESULTS_FILE,
+        {model.name: {"top1": result.top1[-1], "top1_by_epoch": result.top1, "train_loss": result.train_loss}},
+        task="finetune",
+        seed=settings.seed,
+        settings=described | {"size": size, "recipe": dataclasses.asdict(settings)},
+    )
+    torch.save({"model": classifier.state_dict(), "classes": train.classes}, args.output / CLASSIFIER_FILE)
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the harness; a fault of the input ends in one line on stderr and exit status 1."""
+    args = parse_arguments(argv)
+    keep_freed_memory()
+    try:
+        result = run(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"top-1 after {args.epochs} passes: {100 * result.top1[-1]:.1f} %")
+    print(f"written: {args.output / RESULTS_FILE}, {args.output / CLASSIFIER_FILE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -54,6 +54,8 @@ class TaskSettings:
         cs: inverse penalties of the logistic regression to choose from.
         shots: images of each class in the few-shot task; those above the smallest class are left out.
         num_draws: draws of them.
+        only_test_classes: `knn`, `linear` and `log_regression` answer with classes of the test images alone, as is the
+            custom for ImageNet-A and -R.
         seed: of initial weights, orders, held-back images and draws.
         device: where to compute.
     """
@@ -67,6 +69,7 @@ class TaskSettings:
     cs: Sequence[float] = DEFAULT_CS
     shots: Sequence[int] = DEFAULT_SHOTS
     num_draws: int = 5
+    only_test_classes: bool = False
     seed: int = 0
     device: str = "cpu"
 
@@ -92,10 +95,24 @@ def _selected(data: LabelledFeatures, settings: TaskSettings) -> tuple[Tensor, T
     return train, train_labels, test, test_labels
 
 
+def _allowed(data: LabelledFeatures, settings: TaskSettings) -> Tensor | None:
+    """Return which classes may be answered, [C] bool on the device, or None for all."""
+    if not settings.only_test_classes:
+        return None
+    allowed = torch.zeros(int(data.train_labels.max()) + 1, dtype=torch.bool, device=settings.device)
+    allowed[data.test_labels.unique().to(settings.device)] = True
+    return allowed
+
+
 def measure_knn(data: LabelledFeatures, settings: TaskSettings) -> Numbers:
-    """Return the k-NN accuracy by k."""
-    ks = [k for k in settings.ks if k <= len(data.train)] or [len(data.train)]
-    accuracies = weighted_knn(*_selected(data, settings), ks=ks, temperature=settings.temperature)
+    """Return the k-NN accuracy by k; training images of classes that may not be answered do not vote."""
+    train, train_labels, test, test_labels = _selected(data, settings)
+    allowed = _allowed(data, settings)
+    if allowed is not None:
+        votes = allowed[train_labels]
+        train, train_labels = train[votes], train_labels[votes]
+    ks = [k for k in settings.ks if k <= len(train)] or [len(train)]
+    accuracies = weighted_knn(train, train_labels, test, test_labels, ks=ks, temperature=settings.temperature)
     return {"top1": {str(k): accuracy for k, accuracy in accuracies.items()}}
 
 
@@ -121,7 +138,7 @@ def measure_linear(data: LabelledFeatures, settings: TaskSettings) -> Numbers:
     )
     rows = np.array_split(np.arange(len(data.test)), max(1, len(data.test) // batch_size))
     batches = (_moved(data.test, data.test_labels, part, settings.device) for part in rows)
-    accuracies = score_linear(sweep, batches)
+    accuracies = score_linear(sweep, batches, allowed=_allowed(data, settings))
     return LinearResult(tuple(choices), tuple(settings.learning_rates), accuracies, train_losses.cpu()).as_numbers()
 
 
@@ -146,7 +163,9 @@ def _moved(
 
 def measure_log_regression(data: LabelledFeatures, settings: TaskSettings) -> Numbers:
     """Return the accuracy of a logistic regression, and the C that was chosen without the test images."""
-    result = log_regression(*_selected(data, settings), cs=settings.cs, seed=settings.seed)
+    result = log_regression(
+        *_selected(data, settings), cs=settings.cs, seed=settings.seed, allowed=_allowed(data, settings)
+    )
     validation = {f"{c:g}": accuracy for c, accuracy in result.validation.items()}
     return {"top1": result.accuracy, "c": result.c, "validation_top1": validation}
 

@@ -34,7 +34,9 @@ def image_batches(
 def matching_labels(train: ImageDataset, test: ImageDataset) -> tuple[Tensor, Tensor]:
     """Return the labels of both sets, [R] and [n] int64, one number for one class name.
 
-    A test set may lack classes of the training set; each set on its own would then number its classes differently.
+    A test set may lack classes of the training set, as ImageNet-A and -R do; each set on its own would then number its
+    classes differently. Test classes that are called 0, 1, 2, ... where those of the training set are not, as in
+    ImageNet-V2, are the numbers of the training classes in their order.
 
     Raises:
         DatasetError: if a set has no classes, or the test set has a class that the training set lacks.
@@ -44,6 +46,8 @@ def matching_labels(train: ImageDataset, test: ImageDataset) -> tuple[Tensor, Te
             raise DatasetError(f"the {name} images have no classes; give a folder with one sub-folder a class")
     assert train.targets is not None and test.targets is not None
     number = {name: index for index, name in enumerate(train.classes)}
+    if not any(name in number for name in test.classes):
+        number |= {str(index): index for index in range(len(train.classes))}
     unknown = [name for name in test.classes if name not in number]
     if unknown:
         raise DatasetError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,9 +32,11 @@ class LinearModel:
     bias: Tensor
     """[C] float32."""
 
-    def accuracy(self, features: Tensor, labels: Tensor) -> float:
-        """Return the share of labels [n] that the features [n, F] lead to."""
+    def accuracy(self, features: Tensor, labels: Tensor, allowed: Tensor | None = None) -> float:
+        """Return the share of labels [n] that the features [n, F] lead to; `allowed` [C] bool hides other classes."""
         logits = features.float() @ self.weight.T + self.bias
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, -math.inf)
         return float((logits.argmax(dim=1) == labels).double().mean())
 
 
@@ -124,6 +127,7 @@ def log_regression(
     *,
     cs: Sequence[float] = DEFAULT_CS,
     seed: int = 0,
+    allowed: Tensor | None = None,
     on_fit: Callable[[], None] | None = None,
 ) -> LogRegressionResult:
     """Choose C on held-back training images, train on all of them with it, and score the test images.
@@ -137,6 +141,7 @@ def log_regression(
         test_labels: [n]; a class absent from the training labels is always wrong.
         cs: values to choose from; a single one is taken as it is.
         seed: which training images are held back.
+        allowed: [C] bool, the classes that a test image can be of; None: all.
         on_fit: called after each of the `len(cs) + 1` fits (one, for a single C).
 
     Raises:
@@ -160,7 +165,7 @@ def log_regression(
         best = max(validation, key=lambda c: (validation[c], -c))
     model = fit_log_regression(train, train_labels, best)
     done()
-    return LogRegressionResult(best, model.accuracy(test, test_labels), validation)
+    return LogRegressionResult(best, model.accuracy(test, test_labels, allowed), validation)
 
 
 def split_by_class(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:

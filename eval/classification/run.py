@@ -62,6 +62,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     task("--epochs", type=int, default=own.epochs, help=f"passes of the linear classifiers (default: {own.epochs})")
     task("--shots", type=int, nargs="+", default=list(own.shots), help="images a class in the few-shot task")
     task("--draws", type=int, default=own.num_draws, help=f"of these images (default: {own.num_draws})")
+    only = "answer with classes of the validation images alone, as for ImageNet-A and -R"
+    task("--only-val-classes", action="store_true", help=only)
     task("--seed", type=int, default=0)
     add("--batch-size", type=int, default=64, help="images in one forward pass (default: 64)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -132,6 +134,7 @@ def task_settings(args: argparse.Namespace) -> TaskSettings:
         epochs=args.epochs,
         shots=args.shots,
         num_draws=args.draws,
+        only_test_classes=args.only_val_classes,
         seed=args.seed,
         device=args.device,
     )

@@ -55,3 +55,16 @@ def test_batches_hold_the_images_in_order() -> None:
     batches = list(image_batches(Labelled(["a"], [0] * 5), EvalTransform((6, 8)), batch_size=2))
     assert [list(batch.shape) for batch in batches] == [[2, 3, 6, 8], [2, 3, 6, 8], [1, 3, 6, 8]]
     torch.testing.assert_close(torch.cat(batches)[:, 0, 0, 0] * 255, torch.arange(5.0))
+
+
+def test_class_numbers_of_a_test_set_are_sorted_as_words() -> None:
+    train = Labelled([f"n{number:02d}" for number in range(12)], list(range(12)))
+    test = Labelled(["0", "10", "11", "2"], [0, 1, 2, 3])  # folders in the order of words
+    assert matching_labels(train, test)[1].tolist() == [0, 10, 11, 2]
+    with pytest.raises(DatasetError, match="got also 12"):
+        matching_labels(train, Labelled(["12", "3"], [0, 1]))
+
+
+def test_numbers_that_are_names_are_taken_for_places() -> None:
+    train, test = Labelled(["1", "2", "3"], [0, 1, 2]), Labelled(["2", "3"], [0, 1])
+    assert matching_labels(train, test)[1].tolist() == [1, 2]

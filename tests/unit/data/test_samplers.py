@@ -48,7 +48,7 @@ def test_streams_are_independent_of_each_other() -> None:
         for seed in range(4)
         for number in range(4)
     }
-    assert len(draws) == 3 * 4 * 4
+    assert len(draws) == len(RandomStream) * 4 * 4
 
 
 def test_positions_of_a_single_process() -> None:

@@ -129,6 +129,7 @@ def measure_linear(data: LabelledFeatures, settings: TaskSettings) -> Numbers:
         _shuffled_batches(data.train, data.train_labels, batch_size, settings),
         num_steps=num_steps,
         dim=dim,
+        patch_dim=data.train.patch_mean.shape[1],
         num_classes=int(data.train_labels.max()) + 1,
         batch_size=batch_size,
         choices=choices,

@@ -33,9 +33,9 @@ class Choice:
         """How tables call it."""
         return f"{self.blocks} block{'s' if self.blocks > 1 else ''}{', patch mean' if self.with_patch_mean else ''}"
 
-    def width(self, dim: int) -> int:
-        """Return the number of inputs for tokens of width `dim`."""
-        return dim * (self.blocks + self.with_patch_mean)
+    def width(self, dim: int, patch_dim: int) -> int:
+        """Return the number of inputs for class tokens of width `dim` and a mean patch token of width `patch_dim`."""
+        return dim * self.blocks + patch_dim * self.with_patch_mean
 
     def select(self, tokens: BlockTokens) -> Tensor:
         """Return the inputs [B, F]."""
@@ -60,13 +60,20 @@ class LinearSweep(nn.Module):
     """
 
     def __init__(
-        self, dim: int, num_classes: int, *, choices: Sequence[Choice] = CHOICES, learning_rates: Sequence[float]
+        self,
+        dim: int,
+        num_classes: int,
+        *,
+        patch_dim: int | None = None,
+        choices: Sequence[Choice] = CHOICES,
+        learning_rates: Sequence[float],
     ) -> None:
         """Build the classifiers.
 
         Args:
-            dim: D, width of a token.
+            dim: D, width of a class token.
             num_classes: C.
+            patch_dim: width of the mean patch token where it is another, as of raw pixels.
             choices: of tokens.
             learning_rates: L of them.
 
@@ -84,7 +91,9 @@ class LinearSweep(nn.Module):
         self.num_rates = len(learning_rates)
         outputs = self.num_rates * num_classes
         # Without initial weights of their own, whose number would move what is drawn below.
-        self.heads = nn.ModuleList(nn.utils.skip_init(nn.Linear, choice.width(dim), outputs) for choice in self.choices)
+        self.heads = nn.ModuleList(
+            nn.utils.skip_init(nn.Linear, choice.width(dim, patch_dim or dim), outputs) for choice in self.choices
+        )
         self.register_buffer("rates", torch.tensor(learning_rates), persistent=False)
         self.rates: Tensor
         for head in self.heads:
@@ -159,6 +168,7 @@ def train_linear(
     *,
     num_steps: int,
     dim: int,
+    patch_dim: int | None = None,
     num_classes: int,
     batch_size: int,
     choices: Sequence[Choice] = CHOICES,
@@ -172,7 +182,8 @@ def train_linear(
     Args:
         batches: tokens and labels [B] of one step each, on `device`; at least `num_steps` of them.
         num_steps: length of the cosine from the learning rate to 0.
-        dim: D, width of a token.
+        dim: D, width of a class token.
+        patch_dim: width of the mean patch token where it is another.
         num_classes: C.
         batch_size: images in a step, by which the rates are scaled.
         choices: of tokens.
@@ -187,7 +198,7 @@ def train_linear(
     scaled = [rate * batch_size / REFERENCE_BATCH for rate in learning_rates]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        sweep = LinearSweep(dim, num_classes, choices=choices, learning_rates=scaled)
+        sweep = LinearSweep(dim, num_classes, patch_dim=patch_dim, choices=choices, learning_rates=scaled)
     sweep.to(device)
     optimizer = torch.optim.SGD(sweep.parameters(), lr=1.0, momentum=MOMENTUM)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)

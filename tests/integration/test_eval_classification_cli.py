@@ -72,6 +72,15 @@ def test_a_task_has_no_number(
     assert all(title in shown for title in ("k-NN", "linear", "retrieval", "few-shot"))
 
 
+def test_pixels_whose_tokens_have_two_widths_are_not_classified(
+    tmp_path: Path, script: ModuleType, folder: Path
+) -> None:
+    places = ("--output", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"))
+    words = ("--weights", "pixels", "--size", "32", "--epochs", "4", "--tasks", "linear", "knn")
+    assert script.main([*words, "--data", str(folder), *places]) == 0
+    assert results(tmp_path / "out")["numbers"]["pixels"]["linear"]["best"]["top1"] > 0.9  # dark and bright
+
+
 def test_second_run_reads_the_images_again_or_gives_other_digits(
     tmp_path: Path, script: ModuleType, folder: Path
 ) -> None:

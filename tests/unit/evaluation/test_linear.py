@@ -66,7 +66,7 @@ def test_classifier_of_a_sweep_differs_from_one_trained_alone(choice: Choice, ra
     untrained, _ = sweep_of([*batches], learning_rates=[1e-30, *RATES])
     row, column = CHOICES.index(choice), RATES.index(rate)
     start = untrained.heads[row]
-    alone = nn.Linear(choice.width(D), C)
+    alone = nn.Linear(choice.width(D, D), C)
     with torch.no_grad():
         alone.weight.copy_(start.weight[:C])  # 1e-30 has moved nothing
         alone.bias.zero_()

@@ -15,9 +15,9 @@ def keep_freed_memory() -> bool:
     """Tell the C library to keep what a step frees for the next one; return whether it will.
 
     By default glibc gives every large block back to the system and asks for it again: the tensors of each step on the
-    CPU are paid for with tens of thousands of page faults, a tenth of the time of a small step. The process then
-    stays as large as it was at its peak. A choice of the user (`MALLOC_*`, `GLIBC_TUNABLES`, another allocator by
-    `LD_PRELOAD`) is respected, and other C libraries are left alone.
+    CPU are paid for with tens of thousands of page faults. The process then stays as large as it was at its peak. A
+    choice of the user (`MALLOC_*`, `GLIBC_TUNABLES`, another allocator by `LD_PRELOAD`) is respected, and other C
+    libraries are left alone.
     """
     is_chosen = any(name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "LD_PRELOAD") for name in os.environ)
     if platform.libc_ver()[0] != "glibc" or is_chosen:

@@ -22,8 +22,7 @@ if __package__ in (None, ""):  # started as a file: a clean clone needs the repo
 import torch
 import yaml
 
-from dinov2_equi.data.datasets.base import DatasetError, ImageDataset
-from dinov2_equi.data.datasets.make import make_dataset
+from dinov2_equi.data.datasets.make import make_train_and_val
 from dinov2_equi.evaluation.finetune import (
     AugmentedImages,
     Classifier,
@@ -84,24 +83,10 @@ def read_settings(args: argparse.Namespace) -> FinetuneSettings:
     return settings
 
 
-def choose_data(args: argparse.Namespace) -> tuple[ImageDataset, ImageDataset]:
-    """Return the labelled images to train on and to classify.
-
-    Raises:
-        DatasetError: if they are not there, or it is not said which are which.
-    """
-    if bool(args.train) != bool(args.val) or bool(args.data) == bool(args.train):
-        raise DatasetError("give --data FOLDER with train/ and val/, or both --train and --val")
-    if args.train:
-        return make_dataset(args.train), make_dataset(args.val)
-    root = Path(args.data).expanduser()
-    return make_dataset(str(root / "train")), make_dataset(str(root / "val"))
-
-
 def run(args: argparse.Namespace) -> FinetuneResult:
     """Fine-tune, write results and classifier, and return what was reached."""
     settings = read_settings(args)
-    train, val = choose_data(args)
+    train, val = make_train_and_val(args.data, args.train, args.val)
     train_labels, val_labels = matching_labels(train, val)
     model = load_eval_model(args.weights)
     size = args.size or model.image_size

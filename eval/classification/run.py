@@ -24,8 +24,7 @@ if __package__ in (None, ""):  # started as a file: a clean clone needs the repo
 import torch
 from rich.table import Table
 
-from dinov2_equi.data.datasets.base import DatasetError, ImageDataset
-from dinov2_equi.data.datasets.make import make_dataset
+from dinov2_equi.data.datasets.make import make_train_and_val
 from dinov2_equi.evaluation.classification import TASKS, LabelledFeatures, Numbers, TaskSettings
 from dinov2_equi.evaluation.eval_model import PLAIN_FEATURES, EvalModel
 from dinov2_equi.evaluation.labelled import matching_labels
@@ -37,7 +36,6 @@ from dinov2_equi.run.allocator import keep_freed_memory
 from dinov2_equi.run.load import FORMS, load_eval_models
 
 DEFAULT_CACHE = Path("~/.cache/dinov2_equi/features")
-VAL_FOLDERS = ("val", "validation", "test")
 RESULTS_FILE = "results.json"
 
 
@@ -71,31 +69,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def choose_data(args: argparse.Namespace) -> tuple[ImageDataset, ImageDataset]:
-    """Return the labelled images to learn from and to classify.
-
-    Raises:
-        DatasetError: if they are not there, or it is not said which are which.
-    """
-    if args.train or args.val:
-        if args.data or not (args.train and args.val):
-            raise DatasetError("give --data alone, or both --train and --val")
-        return make_dataset(args.train), make_dataset(args.val)
-    if not args.data:
-        raise DatasetError("give --data FOLDER with train/ and val/, or --train and --val")
-    root = Path(args.data).expanduser()
-    found = [root / name for name in VAL_FOLDERS if (root / name).is_dir()]
-    if not (root / "train").is_dir() or not found:
-        raise DatasetError(
-            f"expected {root}/train and {root}/val, each with one sub-folder a class; give another folder, or --train "
-            "and --val"
-        )
-    return make_dataset(str(root / "train")), make_dataset(str(found[0]))
-
-
 def extract(args: argparse.Namespace, models: list[EvalModel]) -> dict[str, LabelledFeatures]:
     """Return the features of all backbones by name, with a progress bar where they are not on disk yet."""
-    sets = choose_data(args)
+    sets = make_train_and_val(args.data, args.train, args.val)
     train_labels, val_labels = matching_labels(*sets)
     for model in models:
         model.check_size(args.size or model.image_size)

@@ -26,7 +26,7 @@ import torch
 
 from dinov2_equi.data.datasets.base import DatasetError, ImageDataset
 from dinov2_equi.data.datasets.holdout import split_holdout
-from dinov2_equi.data.datasets.make import make_dataset
+from dinov2_equi.data.datasets.make import VAL_FOLDERS, make_dataset
 from dinov2_equi.data.datasets.sample_photos import SamplePhotos
 from dinov2_equi.equi.families.base import FamilySettings
 from dinov2_equi.equi.families.registry import FAMILIES, NEED_COLOR, build_family
@@ -55,7 +55,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_FAMILIES = ("rotation", "translation", "se2", "color", "blur")
 
-TEST_FOLDERS = ("val", "validation", "test")
 RESULTS_FILE, FIGURE_FILE = "results.json", "equivariance.png"
 
 
@@ -137,9 +136,9 @@ def choose_data(args: argparse.Namespace) -> tuple[ImageDataset, ImageDataset]:
         return make_dataset("small_photos:split=TRAIN"), make_dataset("small_photos:split=TEST")
     root = Path(args.data).expanduser()
     if (root / "train").is_dir():
-        found = [root / name for name in TEST_FOLDERS if (root / name).is_dir()]
+        found = [root / name for name in VAL_FOLDERS if (root / name).is_dir()]
         if not found:
-            raise DatasetError(f"{root} has train/ but none of {', '.join(TEST_FOLDERS)}; give --train and --test")
+            raise DatasetError(f"{root} has train/ but none of {', '.join(VAL_FOLDERS)}; give --train and --test")
         return make_dataset(str(root / "train")), make_dataset(str(found[0]))
     dataset = make_dataset(args.data)
     if isinstance(dataset, SamplePhotos):

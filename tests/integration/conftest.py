@@ -4,12 +4,14 @@ takes seconds to start and such a run takes one."""
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -44,6 +46,31 @@ def _restored_process() -> Iterator[None]:
         for handler in [handler for handler in root.handlers if handler not in handlers]:
             root.removeHandler(handler)
             handler.close()
+
+
+@pytest.fixture(scope="session")
+def load_script() -> Iterator[Callable[[Path], ModuleType]]:
+    """Return a function that loads a script as a module. Its path guard acts on a copy of the path."""
+    loaded: list[str] = []
+
+    def load(path: Path) -> ModuleType:
+        name = "script_" + "_".join(path.relative_to(REPOSITORY).with_suffix("").parts)
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # where its data classes look up their annotations
+        loaded.append(name)
+        before = sys.path
+        sys.path = list(before)
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            sys.path = before
+        return module
+
+    yield load
+    for name in loaded:
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="session")

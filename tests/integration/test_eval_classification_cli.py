@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,16 +19,8 @@ TINY = ("--weights", "random:vit_test_tiny/8", "--size", "32", "--epochs", "4", 
 
 
 @pytest.fixture(scope="module")
-def script() -> Iterator[ModuleType]:
-    """Return the script as a module. Its path guard acts on a copy of the path."""
-    before = sys.path
-    sys.path = list(before)
-    spec = importlib.util.spec_from_file_location("eval_classification_run", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path = before
+def script(load_script: Callable[[Path], ModuleType]) -> ModuleType:
+    return load_script(SCRIPT)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +88,7 @@ def test_second_run_reads_the_images_again_or_gives_other_digits(
     [
         ((), "give --data FOLDER with train/ and val/"),
         (("--data", "nowhere"), "expected nowhere/train and nowhere/val"),
-        (("--train", "a"), "give --data alone, or both --train and --val"),
+        (("--train", "a"), "alone, or both --train and --val"),
         (("--data", "FOLDER", "--size", "33"), "multiple of its patch size 8, got 33"),
         (("--train", "FOLDER/train", "--val", "FOLDER/val/dark"), "have no classes"),
     ],
@@ -122,16 +112,8 @@ def test_wrong_input_gives_a_traceback(
 
 
 @pytest.fixture(scope="module")
-def finetune_script() -> Iterator[ModuleType]:
-    """Return `finetune.py` as a module. Its path guard acts on a copy of the path."""
-    before = sys.path
-    sys.path = list(before)
-    spec = importlib.util.spec_from_file_location("eval_finetune", SCRIPT.with_name("finetune.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path = before
+def finetune_script(load_script: Callable[[Path], ModuleType]) -> ModuleType:
+    return load_script(SCRIPT.with_name("finetune.py"))
 
 
 def test_fine_tuned_classifier_is_not_written(tmp_path: Path, finetune_script: ModuleType, folder: Path) -> None:
@@ -152,7 +134,7 @@ def test_fine_tuned_classifier_is_not_written(tmp_path: Path, finetune_script: M
     [
         (("--set", "speed=3"), "a name of epochs, warmup_epochs"),
         (("--set", "lr=fast"), "--set lr takes a number, got 'fast'"),
-        (("--train", "a"), "give --data FOLDER with train/ and val/, or both"),
+        (("--train", "a"), "alone, or both --train and --val"),
     ],
 )
 def test_wrong_recipe_gives_a_traceback(

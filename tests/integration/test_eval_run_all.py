@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,18 +18,8 @@ SCRIPT = REPOSITORY / "eval" / "run_all.py"
 
 
 @pytest.fixture(scope="module")
-def script() -> Iterator[ModuleType]:
-    """Return the script as a module. Its path guard acts on a copy of the path."""
-    before = sys.path
-    sys.path = list(before)
-    spec = importlib.util.spec_from_file_location("eval_run_all", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its data classes look up their annotations
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
-    sys.path = before
+def script(load_script: Callable[[Path], ModuleType]) -> ModuleType:
+    return load_script(SCRIPT)
 
 
 @pytest.fixture

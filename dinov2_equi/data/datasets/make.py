@@ -19,6 +19,7 @@ from dinov2_equi.data.datasets.torchvision_sets import TorchvisionSet
 
 # A colon counts only before `key=`, so that paths may hold colons.
 _SEPARATOR = re.compile(r":(?=[A-Za-z_]+=)")
+VAL_FOLDERS = ("val", "validation", "test")
 _SIZE = re.compile(r"(\d+)x(\d+)")
 
 
@@ -50,6 +51,30 @@ def make_dataset(spec: str) -> ImageDataset:
     if "/" in name or os.sep in name or (spec.strip() and Path(spec.strip()).expanduser().exists()):
         return ImageFolder(spec.strip())
     raise DatasetError(_describe_unknown(spec, name))
+
+
+def make_train_and_val(data: str | None, train: str | None, val: str | None) -> tuple[ImageDataset, ImageDataset]:
+    """Return images to learn from and images to be measured on, as command lines name them.
+
+    Args:
+        data: a folder with `train` and one of `VAL_FOLDERS` in it; None where the other two are given.
+        train, val: a data set each, see `make_dataset`.
+
+    Raises:
+        DatasetError: neither form or both, or a folder is missing.
+    """
+    if bool(train) != bool(val) or bool(data) == bool(train):
+        raise DatasetError("give --data FOLDER with train/ and val/ alone, or both --train and --val")
+    if train and val:
+        return make_dataset(train), make_dataset(val)
+    root = Path(data or "").expanduser()
+    found = [root / name for name in VAL_FOLDERS if (root / name).is_dir()]
+    if not (root / "train").is_dir() or not found:
+        raise DatasetError(
+            f"expected {root}/train and {root}/val, each with one sub-folder a class; give another folder, or --train "
+            "and --val"
+        )
+    return make_dataset(str(root / "train")), make_dataset(str(found[0]))
 
 
 def _parse_fields(name: str, form: _Form, fields: list[str]) -> dict[str, str]:

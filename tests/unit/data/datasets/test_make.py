@@ -10,7 +10,7 @@ from PIL import Image
 from dinov2_equi.data.datasets.base import DatasetError
 from dinov2_equi.data.datasets.folder import ImageFolder
 from dinov2_equi.data.datasets.image_net import ImageNet
-from dinov2_equi.data.datasets.make import make_dataset
+from dinov2_equi.data.datasets.make import make_dataset, make_train_and_val
 from dinov2_equi.data.datasets.sample_photos import SamplePhotos
 from dinov2_equi.data.datasets.synthetic import SyntheticImages
 
@@ -72,3 +72,19 @@ def test_folder_of_the_working_directory_without_a_slash(tmp_path: Path, monkeyp
 def test_faulty_string_is_explained(spec: str, message: str) -> None:
     with pytest.raises(DatasetError, match=f"(?s){message}"):
         make_dataset(spec)
+
+
+@pytest.mark.parametrize("name", ["val", "validation", "test"])
+def test_folder_of_two_parts_is_read_otherwise_than_the_parts(tmp_path: Path, name: str) -> None:
+    for part, count in (("train", 2), (name, 1)):
+        (tmp_path / part).mkdir()
+        for number in range(count):
+            Image.new("RGB", (4, 4)).save(tmp_path / part / f"{number}.png")
+    words = (str(tmp_path / "train"), str(tmp_path / name))
+    for train, val in (make_train_and_val(str(tmp_path), None, None), make_train_and_val(None, *words)):
+        assert (len(train), len(val)) == (2, 1)
+    for wrong in ((None, None, None), (None, words[0], None), (str(tmp_path), *words)):
+        with pytest.raises(DatasetError, match="both --train and --val"):
+            make_train_and_val(*wrong)
+    with pytest.raises(DatasetError, match="each with one sub-folder a class"):
+        make_train_and_val(str(tmp_path / "train"), None, None)

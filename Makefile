@@ -115,7 +115,7 @@ test-gpu: $(DEV_STAMP)
 
 .PHONY: bench
 bench: $(RUN_STAMP)
-	@for name in views evaluation; do \
+	@for name in views loader evaluation train_step; do \
 	  echo "== benchmarks/$$name.py"; OMP_NUM_THREADS=1 $(PY) benchmarks/$$name.py --output runs/bench/$$name.json; done
 
 .PHONY: format

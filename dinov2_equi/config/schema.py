@@ -473,6 +473,11 @@ class DataConfig:
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     """Standard deviation of the channels."""
 
+    augment_on: str = "cpu"
+    """Where crops are resized and coloured. `cpu`: in the loader's processes. `device`: on the training device, a whole
+    batch at once, which leaves to the processes little more than reading the files. The choices are the same, pixels
+    differ by rounding."""
+
     holdout_fraction: float = 0.0
     """Share of the training images kept back for the report's pictures and probe, in [0, 1); 0: none. The data set
     `sample_photos` always keeps back whole photographs."""

@@ -194,6 +194,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "student.ffn_layer": ("mlp", "swiglu", "swiglufused", "identity"),
     "optim.scaling_rule": ("sqrt_wrt_1024",),
     "crops.blur": ("intended", "dinov2_released"),
+    "data.augment_on": ("cpu", "device"),
     "equi.fill": ("reflect", "zeros"),
     "equi.target": ("path", "untransformed", "view_2", "view_1", "masked", "theta"),
     "equi.source_2": ("student", "teacher"),

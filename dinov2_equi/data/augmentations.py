@@ -1,7 +1,8 @@
 """DINOv2's multi-crop augmentation, on uint8 and float tensors, with every random number drawn from one generator.
 
 A crop is made in two steps: `CropRecipe.draw` decides everything that is random (a `CropParams`), `make_crop` carries
-it out. Cropping and resizing run on the uint8 source, the colour operations on the small float crop.
+it out, or `device_augmentation` does for the crops of a whole batch. Cropping and resizing run on the uint8 source, the
+colour operations on the small float crop.
 """
 
 from __future__ import annotations
@@ -22,8 +23,13 @@ from dinov2_equi.data.datasets.base import image_to_tensor
 
 BLUR_CHOICES = ("intended", "dinov2_released")
 
+BLUR_KERNEL_PX = 9
+"""Side of the Gaussian kernel, as in DINOv2."""
+
+SOLARIZE_THRESHOLD = 128 / 255
+"""Values from here on are inverted by solarisation."""
+
 _BLUR_SIGMA_RANGE = (0.1, 2.0)  # pixels
-_SOLARIZE_THRESHOLD = 128 / 255
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 0.4, 0.4, 0.2, 0.1
 _ASPECT_RANGE = (3 / 4, 4 / 3)  # width / height of the cut-out
 _CUT_ATTEMPTS = 10
@@ -63,6 +69,14 @@ class CropParams:
     blur_sigma: float | None
     """Standard deviation of the Gaussian blur in pixels of the crop; None: not blurred."""
     is_solarized: bool
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Everything that is random about the crops of one image."""
+
+    global_crops: list[CropParams]
+    local_crops: list[CropParams]
 
 
 @dataclass(frozen=True)
@@ -199,6 +213,13 @@ class DataAugmentationDINO:
         """Shorter side, in pixels, beyond which a larger source image adds no detail to any crop."""
         return max(recipe.min_source_side for recipe in self.global_recipes + self.local_recipes)
 
+    def draw(self, source_size: tuple[int, int], rng: np.random.Generator) -> Choices:
+        """Return the random choices for the crops of an image of (H, W) pixels; `rng` is advanced."""
+        return Choices(
+            global_crops=[recipe.draw(source_size, rng) for recipe in self.global_recipes],
+            local_crops=[recipe.draw(source_size, rng) for recipe in self.local_recipes],
+        )
+
     def __call__(self, image: Image.Image | Tensor, rng: np.random.Generator) -> Crops:
         """Return the crops of an image.
 
@@ -207,20 +228,19 @@ class DataAugmentationDINO:
             rng: The only source of randomness; advanced.
         """
         source = image if isinstance(image, Tensor) else image_to_tensor(image)
+        height, width = source.shape[-2:]
+        choices = self.draw((height, width), rng)
         return Crops(
-            global_crops=_make_crops(source, self.global_recipes, self.global_crops_size, rng),
-            local_crops=_make_crops(source, self.local_recipes, self.local_crops_size, rng),
+            global_crops=_make_crops(source, choices.global_crops, self.global_crops_size),
+            local_crops=_make_crops(source, choices.local_crops, self.local_crops_size),
         )
 
 
-def _make_crops(
-    source: Tensor, recipes: Sequence[CropRecipe], size: tuple[int, int], rng: np.random.Generator
-) -> Tensor:
-    """Return one crop for each recipe, float32 [len(recipes), 3, H, W], all of one size (H, W)."""
-    height, width = source.shape[-2:]
-    crops = torch.empty(len(recipes), 3, *size)
-    for crop, recipe in zip(crops, recipes, strict=True):
-        crop.copy_(make_crop(source, recipe.draw((height, width), rng), size))
+def _make_crops(source: Tensor, choices: Sequence[CropParams], size: tuple[int, int]) -> Tensor:
+    """Return one crop for each of the choices, float32 [len(choices), 3, H, W], all of one size (H, W)."""
+    crops = torch.empty(len(choices), 3, *size)
+    for crop, params in zip(crops, choices, strict=True):
+        crop.copy_(make_crop(source, params, size))
     return crops
 
 
@@ -244,9 +264,9 @@ def make_crop(source: Tensor, params: CropParams, size: tuple[int, int]) -> Tens
     if params.is_gray:
         crop = tvf.rgb_to_grayscale(crop, num_output_channels=3)
     if params.blur_sigma is not None:
-        crop = gaussian_blur(crop, params.blur_sigma)
+        crop = gaussian_blur(crop, params.blur_sigma, BLUR_KERNEL_PX)
     if params.is_solarized:
-        crop = tvf.solarize(crop, _SOLARIZE_THRESHOLD)
+        crop = tvf.solarize(crop, SOLARIZE_THRESHOLD)
     return crop.contiguous()
 
 

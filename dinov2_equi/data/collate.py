@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dinov2_equi.data.augmentations import Crops
+from dinov2_equi.data.augmentations import Choices, Crops
 from dinov2_equi.data.batch import Batch
+from dinov2_equi.data.device_augmentation import plan_crops
 from dinov2_equi.data.masking import MaskingGenerator, draw_masks
 from dinov2_equi.data.samplers import RandomStream, random_generator
+from dinov2_equi.data.source_batch import SourceBatch
 
 
 @dataclass(frozen=True)
@@ -22,36 +24,72 @@ class Sample:
     position: int
 
 
-def collate(
-    samples: Sequence[Sample],
-    *,
-    mask_generator: MaskingGenerator,
-    mask_probability: float,
-    mask_ratio_min_max: tuple[float, float],
-    seed: int,
-) -> Batch:
-    """Return a batch of the samples, with masks that depend on (seed, position of the first sample) alone.
+@dataclass(frozen=True)
+class SourceSample:
+    """An image, what to crop from it, and its place in the order of the whole training."""
 
-    Args:
-        samples: One or more, with equal numbers and sizes of crops.
-        mask_generator: Makes the masks; its grid must be that of the global crops.
-        mask_probability: Share of the global crops that get a mask.
-        mask_ratio_min_max: Least and greatest share of masked patches in such a crop.
-        seed: Seed of the run.
-    """
+    source: Tensor
+    """uint8 [3, H, W]."""
+    choices: Choices
+    position: int
+
+
+@dataclass(frozen=True)
+class MaskRecipe:
+    """How the masks of a batch are drawn; they depend on (seed, position of the batch's first image) alone."""
+
+    generator: MaskingGenerator
+    """Makes the masks; its grid must be that of the global crops."""
+    probability: float
+    """Share of the global crops that get a mask."""
+    ratio_min_max: tuple[float, float]
+    """Least and greatest share of masked patches in such a crop."""
+    seed: int
+    """Seed of the run."""
+
+    def draw(self, num_crops: int, first_position: int) -> dict[str, Tensor]:
+        """Return `masks`, `mask_indices` and `mask_weights` of `Batch`."""
+        rng = random_generator(RandomStream.MASKS, self.seed, first_position)
+        masks = torch.from_numpy(draw_masks(self.generator, num_crops, self.probability, self.ratio_min_max, rng))
+        return {"masks": masks, "mask_indices": masks.flatten().nonzero().flatten(), "mask_weights": _weights(masks)}
+
+
+def collate(samples: Sequence[Sample], masks: MaskRecipe) -> Batch:
+    """Return a batch of one or more samples with equal numbers and sizes of crops."""
     global_crops = _stack_crop_major([sample.crops.global_crops for sample in samples])
-    rng = random_generator(RandomStream.MASKS, seed, samples[0].position)
-    masks = torch.from_numpy(
-        draw_masks(mask_generator, len(global_crops), mask_probability, mask_ratio_min_max, rng)
-    )  # [G*B, N]
     return Batch(
         global_crops=global_crops,
         local_crops=_stack_crop_major([sample.crops.local_crops for sample in samples]),
-        masks=masks,
-        mask_indices=masks.flatten().nonzero().flatten(),
-        mask_weights=_mask_weights(masks),
-        positions=torch.tensor([sample.position for sample in samples], dtype=torch.int64),
+        positions=_positions(samples),
+        **masks.draw(len(global_crops), samples[0].position),
     )
+
+
+def collate_sources(
+    samples: Sequence[SourceSample], masks: MaskRecipe, *, global_size: tuple[int, int], local_size: tuple[int, int]
+) -> SourceBatch:
+    """Return a batch of one or more images, of any sizes, that is still to be cropped to (H, W) pixels."""
+    global_plan = plan_crops([sample.choices.global_crops for sample in samples], global_size)
+    return SourceBatch(
+        sources=_pad_to_largest([sample.source for sample in samples]),
+        global_plan=global_plan,
+        local_plan=plan_crops([sample.choices.local_crops for sample in samples], local_size),
+        positions=_positions(samples),
+        **masks.draw(len(global_plan.boxes), samples[0].position),
+    )
+
+
+def _positions(samples: Sequence[Sample] | Sequence[SourceSample]) -> Tensor:
+    return torch.tensor([sample.position for sample in samples], dtype=torch.int64)
+
+
+def _pad_to_largest(images: Sequence[Tensor]) -> Tensor:
+    """Return [B, 3, H, W] with each image at the top left, as high and wide as the highest and the widest."""
+    height, width = (max(image.shape[dim] for image in images) for dim in (1, 2))
+    padded = images[0].new_zeros(len(images), 3, height, width)
+    for place, image in zip(padded, images, strict=True):
+        place[:, : image.shape[1], : image.shape[2]] = image
+    return padded
 
 
 def _stack_crop_major(crops: Sequence[Tensor]) -> Tensor:
@@ -59,7 +97,7 @@ def _stack_crop_major(crops: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(crops), dim=1).flatten(0, 1)  # [C, B, 3, H, W] -> [C*B, 3, H, W]
 
 
-def _mask_weights(masks: Tensor) -> Tensor:
+def _weights(masks: Tensor) -> Tensor:
     """Return float32 [M]: for each masked patch, in the order of `masks`, 1 / (masked patches of its crop)."""
     num_masked = masks.sum(dim=1)  # [G*B]
     return num_masked.clamp(min=1).float().reciprocal().repeat_interleave(num_masked)

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dinov2_equi.data.augmentations import DataAugmentationDINO
 from dinov2_equi.data.batch import Batch
-from dinov2_equi.data.collate import Sample, collate
+from dinov2_equi.data.collate import MaskRecipe, Sample, SourceSample, collate, collate_sources
 from dinov2_equi.data.datasets.base import ImageDataset
 from dinov2_equi.data.masking import MaskingGenerator
 from dinov2_equi.data.samplers import PositionSampler, RandomStream, SampleOrder, random_generator
+from dinov2_equi.data.source_batch import SourceBatch
 
 
-class MultiCropDataset(Dataset[Sample]):
-    """Crops by position: which image, and everything random about its crops, follow from (seed, position) alone.
+class PositionedImages:
+    """Images by position: which image, and everything random about its crops, follow from (seed, position) alone.
 
     PyTorch's own random state is neither read nor changed.
 
     Args:
         dataset: Where the images come from.
-        augmentation: Makes the crops.
+        augmentation: Draws and makes the crops.
         seed: Seed of the run.
     """
 
@@ -34,16 +38,38 @@ class MultiCropDataset(Dataset[Sample]):
         self.seed = seed
         self._order = SampleOrder(len(dataset), seed)
 
-    def __getitem__(self, position: int) -> Sample:
-        """Return the crops of the image at a position of the training, position >= 0 without an upper end.
+    def load(self, position: int) -> Tensor:
+        """Return the image at a position of the training, position >= 0 without an upper end: uint8 [3, H, W].
 
         Raises:
             UnreadableImageError: The image cannot be decoded; names the file.
         """
-        image = self.dataset.load_tensor(self._order.index(position), self.augmentation.min_source_side)
-        rng = random_generator(RandomStream.AUGMENTATION, self.seed, position)
+        return self.dataset.load_tensor(self._order.index(position), self.augmentation.min_source_side)
+
+    def generator(self, position: int) -> np.random.Generator:
+        """Return the source of everything random about the crops at a position."""
+        return random_generator(RandomStream.AUGMENTATION, self.seed, position)
+
+
+class MultiCropDataset(PositionedImages, Dataset[Sample]):
+    """Crops by position."""
+
+    def __getitem__(self, position: int) -> Sample:
+        """Return the crops of the image at a position; see `load`."""
+        image = self.load(position)
         with _one_thread():
-            return Sample(crops=self.augmentation(image, rng), position=position)
+            return Sample(crops=self.augmentation(image, self.generator(position)), position=position)
+
+
+class SourceDataset(PositionedImages, Dataset[SourceSample]):
+    """Images by position, with the choices of `MultiCropDataset`, to be cropped later."""
+
+    def __getitem__(self, position: int) -> SourceSample:
+        """Return the image at a position, and what to crop from it; see `load`."""
+        source = self.load(position)
+        height, width = source.shape[-2:]
+        choices = self.augmentation.draw((height, width), self.generator(position))
+        return SourceSample(source=source, choices=choices, position=position)
 
 
 def make_train_loader(
@@ -61,7 +87,8 @@ def make_train_loader(
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
-) -> DataLoader[Batch]:
+    crop_later: bool = False,
+) -> DataLoader[Batch] | DataLoader[SourceBatch]:
     """Return a loader over the batches of steps start_step .. start_step + num_steps - 1 of one rank.
 
     Args:
@@ -78,25 +105,39 @@ def make_train_loader(
         rank: This process.
         world_size: Number of processes. The images of a step depend on world_size * batch_size alone.
         pin_memory: Copy batches to page-locked memory (for a CUDA device).
+        crop_later: Yield the images with what is to be cropped from them: `on_device` makes the crops.
     """
+    masks = MaskRecipe(mask_generator, mask_probability, mask_ratio_min_max, seed)
+    kind, collate_fn = _kind_of_samples(augmentation, masks, crop_later=crop_later)
     return DataLoader(
-        MultiCropDataset(dataset, augmentation, seed),  # type: ignore[arg-type]  # yields batches through collate_fn
+        kind(dataset, augmentation, seed),
         batch_sampler=PositionSampler(
             batch_size=batch_size, start_step=start_step, num_steps=num_steps, rank=rank, world_size=world_size
         ),
         num_workers=num_workers,
-        collate_fn=functools.partial(
-            collate,
-            mask_generator=mask_generator,
-            mask_probability=mask_probability,
-            mask_ratio_min_max=mask_ratio_min_max,
-            seed=seed,
-        ),
+        collate_fn=collate_fn,
         worker_init_fn=_start_worker,
         pin_memory=pin_memory,
         # Without a generator of its own the loader would take a number from PyTorch's global one at each start.
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+def _kind_of_samples(
+    augmentation: DataAugmentationDINO, masks: MaskRecipe, *, crop_later: bool
+) -> tuple[type[Any], Callable[[Sequence[Any]], Any]]:
+    """Return the data set that a worker reads, and what makes a batch of its samples."""
+    if not crop_later:
+        return MultiCropDataset, functools.partial(collate, masks=masks)
+    sizes = (augmentation.global_crops_size, augmentation.local_crops_size)
+    return SourceDataset, functools.partial(collate_sources, masks=masks, global_size=sizes[0], local_size=sizes[1])
+
+
+def on_device(batch: Batch | SourceBatch, device: torch.device) -> Batch:
+    """Return a batch of the loader on the device, cropped there if it was not before."""
+    if isinstance(batch, SourceBatch):
+        return batch.to(device, non_blocking=True).make_crops()
+    return batch.to(device, non_blocking=True)
 
 
 def _start_worker(_: int) -> None:

@@ -6,11 +6,15 @@ import hashlib
 import json
 import math
 import os
+import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+import torch
 
 SCHEMA_VERSION = 1
 _GIT_TIMEOUT_SECONDS = 5.0
@@ -28,8 +32,9 @@ def write_results(
     """Write `numbers` with their provenance as JSON and return the path.
 
     The file is written beside its place and renamed, so that a reader never sees half of it. Fields: `schema_version`,
-    `task`, `created_utc`, `commit` and `commit_is_dirty` (null outside a git checkout), `config_sha256`, `seed`,
-    `settings`, `numbers`. NaN and infinity become null, because JSON has neither.
+    `task`, `created_utc`, `commit` and `commit_is_dirty` (null outside a git checkout), `environment` (versions, and
+    the GPU that PyTorch sees, or the CPU), `config_sha256`, `seed`, `settings`, `numbers`. NaN and infinity become
+    null, because JSON has neither.
 
     Args:
         path: the file to write; missing folders are made.
@@ -49,6 +54,7 @@ def write_results(
         "created_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit,
         "commit_is_dirty": is_dirty,
+        "environment": _environment(),
         "config_sha256": None if config_text is None else hashlib.sha256(config_text.encode()).hexdigest(),
         "seed": seed,
         "settings": _plain(dict(settings or {}), "settings"),
@@ -87,6 +93,22 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     raise TypeError(f"{where} must be a number, text, list or mapping to be written to results.json, got {type(value)}")
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_model(),
+        "cpu_cores": os.cpu_count(),
+    }
+
+
+def _cpu_model() -> str:
+    """Return the name of the processor as Linux knows it, elsewhere what Python knows."""
+    path = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.+)$", path.read_text(), re.MULTILINE) if path.is_file() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _git_state() -> tuple[str | None, bool | None]:

@@ -18,6 +18,7 @@ from dinov2_equi.data.datasets.sample_photos import SamplePhotos
 from dinov2_equi.data.datasets.small_photos import SmallPhotos
 from dinov2_equi.data.loaders import make_train_loader
 from dinov2_equi.data.masking import MaskingGenerator
+from dinov2_equi.data.source_batch import SourceBatch
 from dinov2_equi.distributed.env import get_rank, get_world_size
 from dinov2_equi.equi.families.registry import FAMILIES, MIXTURE, NEED_COLOR
 from dinov2_equi.fsdp.checkpoint import read_checkpoint
@@ -105,8 +106,8 @@ def _make_dataset(key: str, spec: str) -> ImageDataset:
 
 def build_loader(
     cfg: Config, derived: Derived, dataset: ImageDataset, *, start_step: int, pin_memory: bool
-) -> torch.utils.data.DataLoader[Batch]:
-    """Return the batches of steps `start_step` to the last."""
+) -> torch.utils.data.DataLoader[Batch] | torch.utils.data.DataLoader[SourceBatch]:
+    """Return the batches of steps `start_step` to the last, for `loaders.on_device`."""
     return make_train_loader(
         dataset=dataset,
         augmentation=_build_augmentation(cfg),
@@ -121,6 +122,7 @@ def build_loader(
         rank=get_rank(),
         world_size=get_world_size(),
         pin_memory=pin_memory,
+        crop_later=cfg.data.augment_on == "device",
     )
 
 

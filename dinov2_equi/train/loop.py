@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from dinov2_equi.config.load import to_yaml
 from dinov2_equi.config.schema import Config
 from dinov2_equi.data.batch import Batch
 from dinov2_equi.data.datasets.base import ImageDataset
+from dinov2_equi.data.source_batch import SourceBatch
 from dinov2_equi.fsdp.checkpoint import CheckpointStore
 from dinov2_equi.logging.metrics import MetricWriter
 from dinov2_equi.logging.progress import training_progress
@@ -168,7 +169,7 @@ class _StepClock:
         return {"time/step": seconds, "time/data": self.data_seconds, "images_per_second": batch_size / seconds}
 
 
-def _timed(loader: torch.utils.data.DataLoader[Batch]) -> Iterator[tuple[Batch, _StepClock]]:
+def _timed(loader: Iterable[Batch | SourceBatch]) -> Iterator[tuple[Batch | SourceBatch, _StepClock]]:
     asked = time.perf_counter()
     for batch in loader:
         arrived = time.perf_counter()

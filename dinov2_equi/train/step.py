@@ -8,6 +8,8 @@ import torch
 
 from dinov2_equi.config.schema import Config
 from dinov2_equi.data.batch import Batch
+from dinov2_equi.data.loaders import on_device
+from dinov2_equi.data.source_batch import SourceBatch
 from dinov2_equi.distributed.env import get_rank
 from dinov2_equi.train.param_groups import apply_schedule_
 from dinov2_equi.train.schedules import StepValues
@@ -19,13 +21,13 @@ class NonFiniteLossError(RuntimeError):
 
 
 def train_step(
-    state: TrainState, batch: Batch, values: StepValues, cfg: Config, device: torch.device
+    state: TrainState, batch: Batch | SourceBatch, values: StepValues, cfg: Config, device: torch.device
 ) -> dict[str, float]:
     """Run one step and advance the state by one.
 
     Args:
         state: the run; changed in place.
-        batch: one collated batch.
+        batch: one batch of the loader.
         values: learning rate, weight decay, momentum and temperature of this step.
         cfg: the configuration.
         device: where to compute.
@@ -39,7 +41,7 @@ def train_step(
     state.optimizer.zero_grad(set_to_none=True)
     every = cfg.logging.diagnostics_every_steps
     output = state.model.forward_backward(
-        batch.to(device, non_blocking=True),
+        on_device(batch, device),
         teacher_temp=values.teacher_temp,
         diagnose=every > 0 and (state.step == 0 or (state.step + 1) % every == 0),
     )

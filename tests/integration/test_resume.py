@@ -432,3 +432,17 @@ def test_eval_only_with_no_resume_sets_aside_what_it_should_look_at(
     error = capsys.readouterr().err
     assert "--eval-only" in error and "--no-resume" in error
     assert contents(folder) == before
+
+
+def test_crops_made_on_the_device_are_others_or_are_lost_by_a_resume(
+    tmp_path: Path, lean_run: Run, whole_run: Path, fingerprint: Hash
+) -> None:
+    on_device = "data.augment_on=device"
+    assert lean_run(tmp_path / "whole", EVERY_10, on_device) == 0
+    # The same crops up to rounding: the first loss is the same, later ones drift apart as the weights do.
+    first, first_on_cpu = lines(tmp_path / "whole")[0], lines(whole_run)[0]
+    assert first["total_loss"] == pytest.approx(first_on_cpu["total_loss"], rel=1e-3)
+    assert lean_run(tmp_path / "parts", EVERY_10, on_device) == 0
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step_00000020")
+    assert lean_run(tmp_path / "parts", EVERY_10, on_device) == 0
+    assert fingerprint(tmp_path / "parts", 20) == fingerprint(tmp_path / "whole", 20)

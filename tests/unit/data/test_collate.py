@@ -6,7 +6,7 @@ import torch
 
 from dinov2_equi.data.augmentations import Crops
 from dinov2_equi.data.batch import Batch
-from dinov2_equi.data.collate import Sample, collate
+from dinov2_equi.data.collate import MaskRecipe, Sample, collate
 from dinov2_equi.data.masking import MaskingGenerator
 
 GRID = (3, 5)
@@ -23,13 +23,7 @@ def make_batch(
         for crop in range(num_local):
             local_crops[crop] = 100.0 * position + 10 + crop
         samples.append(Sample(Crops(global_crops, local_crops), position))
-    return collate(
-        samples,
-        mask_generator=MaskingGenerator(GRID),
-        mask_probability=probability,
-        mask_ratio_min_max=(0.3, 0.6),
-        seed=seed,
-    )
+    return collate(samples, MaskRecipe(MaskingGenerator(GRID), probability, (0.3, 0.6), seed))
 
 
 def test_crops_are_crop_major() -> None:

@@ -1,0 +1,56 @@
+"""A batch that is cropped on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov2_equi.data.batch import Batch
+from dinov2_equi.data.device_augmentation import CropPlan, make_crops
+
+
+@dataclass(frozen=True)
+class SourceBatch:
+    """B images, and what a `Batch` of them needs: which crops to make, and the masks."""
+
+    sources: Tensor
+    """uint8 [B, 3, H, W]; a smaller image lies at the top left."""
+    global_plan: CropPlan
+    local_plan: CropPlan
+    masks: Tensor
+    """See `Batch`, as for the next three."""
+    mask_indices: Tensor
+    mask_weights: Tensor
+    positions: Tensor
+
+    @property
+    def batch_size(self) -> int:
+        """Number of images, B."""
+        return len(self.positions)
+
+    def make_crops(self) -> Batch:
+        """Return the batch with its crops, made on the device of the images."""
+        return Batch(
+            global_crops=make_crops(self.sources, self.global_plan),
+            local_crops=make_crops(self.sources, self.local_plan),
+            masks=self.masks,
+            mask_indices=self.mask_indices,
+            mask_weights=self.mask_weights,
+            positions=self.positions,
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SourceBatch:
+        """Return the batch with everything on `device` but `positions`, as `Batch.to` does."""
+        moved = self._map(lambda part: part.to(device, non_blocking=non_blocking))
+        return replace(moved, positions=self.positions)
+
+    def pin_memory(self) -> SourceBatch:
+        """Return the batch with every tensor in page-locked memory."""
+        return self._map(lambda part: part.pin_memory())
+
+    def _map(self, function: Callable[[Any], Any]) -> SourceBatch:
+        return SourceBatch(**{field.name: function(getattr(self, field.name)) for field in fields(self)})

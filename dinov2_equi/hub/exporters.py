@@ -127,10 +127,12 @@ def export_transformers(source: Source, folder: Path) -> Run:
         use_swiglu_ffn="blocks.0.mlp.w12.weight" in state,
         **({"num_register_tokens": registers} if registers else {}),
     )
-    model = getattr(transformers, f"{kind}Model")(config)
-    load_exact(model, to_transformers(state))
+    config.architectures = [f"{kind}Model"]
     place = folder / "transformers"
-    model.save_pretrained(place)
+    config.save_pretrained(place)
+    _import("safetensors.torch").save_file(
+        to_transformers(state), place / "model.safetensors", metadata={"format": "pt"}
+    )
     (place / "preprocessor_config.json").write_text(json.dumps(_processor(source), indent=2), encoding="utf-8")
     again = transformers.AutoModel.from_pretrained(place).eval()
 

@@ -11,81 +11,79 @@ from torch import Tensor
 State = dict[str, Tensor]
 
 _TRANSFORMERS_NAMES = (
-    # DINOv2, transformers 5; the patterns stand for whole names.
+    # As published, and as every version writes and reads them in files; the patterns stand for whole names.
     (r"cls_token", "embeddings.cls_token"),
     (r"mask_token", "embeddings.mask_token"),
     (r"register_tokens", "embeddings.register_tokens"),
     (r"pos_embed", "embeddings.position_embeddings"),
     (r"patch_embed\.proj\.(weight|bias)", r"embeddings.patch_embeddings.projection.\1"),
     (r"blocks\.(\d+)\.(norm[12])\.(weight|bias)", r"encoder.layer.\1.\2.\3"),
-    (r"blocks\.(\d+)\.attn\.proj\.(weight|bias)", r"encoder.layer.\1.attention.o_proj.\2"),
+    (r"blocks\.(\d+)\.attn\.proj\.(weight|bias)", r"encoder.layer.\1.attention.output.dense.\2"),
     (r"blocks\.(\d+)\.ls([12])\.gamma", r"encoder.layer.\1.layer_scale\2.lambda1"),
     (r"blocks\.(\d+)\.mlp\.(fc[12])\.(weight|bias)", r"encoder.layer.\1.mlp.\2.\3"),
-    (r"blocks\.(\d+)\.mlp\.w3\.(weight|bias)", r"encoder.layer.\1.mlp.down_proj.\2"),
+    (r"blocks\.(\d+)\.mlp\.w12\.(weight|bias)", r"encoder.layer.\1.mlp.weights_in.\2"),
+    (r"blocks\.(\d+)\.mlp\.w3\.(weight|bias)", r"encoder.layer.\1.mlp.weights_out.\2"),
     (r"norm\.(weight|bias)", r"layernorm.\1"),
 )
-_TRANSFORMERS_PARTS = (
-    # One tensor of DINOv2 is several of transformers.
-    (r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", r"encoder.layer.\1.attention.{}.\2", ("q_proj", "k_proj", "v_proj")),
-    (r"blocks\.(\d+)\.mlp\.w12\.(weight|bias)", r"encoder.layer.\1.mlp.{}.\2", ("gate_proj", "up_proj")),
-)
-_OLDER_TRANSFORMERS_NAMES = (
-    # As published before transformers 5, and as they are called since.
-    (r"(.*)\.attention\.attention\.query\.(weight|bias)", r"\1.attention.q_proj.\2"),
-    (r"(.*)\.attention\.attention\.key\.(weight|bias)", r"\1.attention.k_proj.\2"),
-    (r"(.*)\.attention\.attention\.value\.(weight|bias)", r"\1.attention.v_proj.\2"),
-    (r"(.*)\.attention\.output\.dense\.(weight|bias)", r"\1.attention.o_proj.\2"),
-    (r"(.*)\.mlp\.weights_out\.(weight|bias)", r"\1.mlp.down_proj.\2"),
+_QKV = r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)"
+_QKV_OF_TRANSFORMERS = tuple(rf"encoder.layer.\1.attention.attention.{part}.\2" for part in ("query", "key", "value"))
+_NAMES_IN_MEMORY = (
+    # What late versions of transformers 5 call them in a loaded model, and the published names.
+    (r"(.*)\.attention\.q_proj\.(weight|bias)", r"\1.attention.attention.query.\2"),
+    (r"(.*)\.attention\.k_proj\.(weight|bias)", r"\1.attention.attention.key.\2"),
+    (r"(.*)\.attention\.v_proj\.(weight|bias)", r"\1.attention.attention.value.\2"),
+    (r"(.*)\.attention\.o_proj\.(weight|bias)", r"\1.attention.output.dense.\2"),
+    (r"(.*)\.mlp\.down_proj\.(weight|bias)", r"\1.mlp.weights_out.\2"),
 )
 _BLOCK_OF_TRANSFORMERS = r"encoder\.layer\.(\d+)\."
 
 
 def to_transformers(state: Mapping[str, Tensor]) -> State:
-    """Return DINOv2's weights (flat blocks) under the names of transformers' Dinov2Model and Dinov2WithRegistersModel.
+    """Return DINOv2's weights (flat blocks) as the files of Dinov2Model or Dinov2WithRegistersModel hold them.
 
     Raises:
         ValueError: for a name that has no counterpart there.
     """
     result: State = {}
     for name, tensor in state.items():
-        for pattern, template, parts in _TRANSFORMERS_PARTS:
-            if match := re.fullmatch(pattern, name):
-                names = [match.expand(template).format(part) for part in parts]
-                result |= zip(names, (piece.contiguous() for piece in tensor.chunk(len(parts))), strict=True)
-                break
+        if match := re.fullmatch(_QKV, name):
+            names = [match.expand(template) for template in _QKV_OF_TRANSFORMERS]
+            result |= zip(names, (piece.contiguous() for piece in tensor.chunk(len(names))), strict=True)
         else:
             result[_renamed(name, _TRANSFORMERS_NAMES)] = tensor
     return result
 
 
 def from_transformers(state: Mapping[str, Tensor]) -> State:
-    """Return weights of transformers, of version 5 or as published before, under DINOv2's names.
+    """Return weights of transformers, of a file or of a loaded model of any version, under DINOv2's names.
 
     Raises:
         ValueError: for a name that has no counterpart here.
     """
-    current: State = {}
-    for name, tensor in state.items():
-        for pattern, template in _OLDER_TRANSFORMERS_NAMES:
-            name = re.sub(rf"^{pattern}$", template, name)
-        if match := re.fullmatch(r"(.*)\.mlp\.weights_in\.(weight|bias)", name):
-            gate, up = tensor.chunk(2)
-            current |= {f"{match[1]}.mlp.gate_proj.{match[2]}": gate, f"{match[1]}.mlp.up_proj.{match[2]}": up}
-        else:
-            current[name] = tensor
-    depth = 1 + max((int(m[1]) for name in current if (m := re.match(_BLOCK_OF_TRANSFORMERS, name))), default=-1)
+    published = _published_names(state)
+    depth = 1 + max((int(m[1]) for name in published if (m := re.match(_BLOCK_OF_TRANSFORMERS, name))), default=-1)
     result: State = {}
     for name in _dinov2_names(depth):
-        for pattern, template, parts in _TRANSFORMERS_PARTS:
-            if match := re.fullmatch(pattern, name):
-                names = [match.expand(template).format(part) for part in parts]
-                if names[0] in current:
-                    result[name] = torch.cat([current.pop(part) for part in names])
-                break
-        else:
-            if (theirs := _renamed(name, _TRANSFORMERS_NAMES)) in current:
-                result[name] = current.pop(theirs)
-    _check_all_used(current, "transformers")
+        if match := re.fullmatch(_QKV, name):
+            names = [match.expand(template) for template in _QKV_OF_TRANSFORMERS]
+            if names[0] in published:
+                result[name] = torch.cat([published.pop(part) for part in names])
+        elif (theirs := _renamed(name, _TRANSFORMERS_NAMES)) in published:
+            result[name] = published.pop(theirs)
+    _check_all_used(published, "transformers")
+    return result
+
+
+def _published_names(state: Mapping[str, Tensor]) -> State:
+    result: State = {}
+    for name, tensor in state.items():
+        for pattern, template in _NAMES_IN_MEMORY:
+            name = re.sub(rf"^{pattern}$", template, name)
+        if match := re.fullmatch(r"(.*)\.mlp\.gate_proj\.(weight|bias)", name):
+            up = state[f"{match[1]}.mlp.up_proj.{match[2]}"]
+            result[f"{match[1]}.mlp.weights_in.{match[2]}"] = torch.cat([tensor, up])
+        elif not re.fullmatch(r".*\.mlp\.up_proj\.(weight|bias)", name):
+            result[name] = tensor
     return result
 
 

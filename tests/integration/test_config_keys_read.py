@@ -205,6 +205,7 @@ DECIDES_WHAT_IS_LEARNED: dict[str, tuple[str, ...]] = {
     "equi.decoder.half_resolution": ("true",),
     "data.mean": ("[0.5,0.5,0.5]",),
     "data.std": ("[0.5,0.5,0.5]",),
+    "data.augment_on": ("device",),
     "data.holdout_fraction": ("0.5",),
     "data.holdout_path": ("synthetic:length=8:seed=1",),
 }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dinov2_equi.hub.backbones import ENTRY_POINTS
@@ -41,15 +43,16 @@ def check(ours: DinoVisionTransformer, x: Tensor, tokens: Tensor) -> None:
 
 
 @torch.no_grad()
-def test_transformers_differs(ours: DinoVisionTransformer, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformers_differs(
+    ours: DinoVisionTransformer, x: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     transformers: Any = pytest.importorskip("transformers")
     name = "Dinov2WithRegisters" if ours.num_register_tokens else "Dinov2"
     sizes = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": SIZE}
-    theirs = getattr(transformers, f"{name}Model")(
-        getattr(transformers, f"{name}Config")(**sizes, patch_size=14)
-    ).eval()
-    theirs.load_state_dict(to_transformers(ours.state_dict()), strict=True)
+    getattr(transformers, f"{name}Config")(**sizes, patch_size=14).save_pretrained(tmp_path)
+    save_file(to_transformers(ours.state_dict()), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    theirs = getattr(transformers, f"{name}Model").from_pretrained(tmp_path).eval()
     check(ours, x, theirs(pixel_values=x).last_hidden_state)
     back, _ = as_dinov2(theirs.state_dict())
     load_exact(ours, back)

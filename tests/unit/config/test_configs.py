@@ -19,6 +19,7 @@ from dinov2_equi.models.registry import ARCHS
 CONFIGS = Path(__file__).parents[3] / "configs"
 NAMES = [
     "debug_cpu",
+    "photos_1gpu",
     "photos_2cores",
     "quickstart",
     "vitl14_baseline",

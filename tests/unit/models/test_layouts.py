@@ -46,29 +46,30 @@ def transformers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return pytest.importorskip("transformers", reason="transformers is not installed")
 
 
-def transformers_model(transformers: Any, kind: str) -> Any:
+def load_by_transformers(transformers: Any, kind: str, state: dict[str, Tensor], folder: Path) -> Any:
+    """Return the model that transformers loads from files with these weights; it must take all of them."""
     name = "Dinov2WithRegisters" if kind == "registers" else "Dinov2"
-    config = getattr(transformers, f"{name}Config")(
-        hidden_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        image_size=SIZE,
-        patch_size=14,
-        use_swiglu_ffn=kind == "gated",
-    )
-    return getattr(transformers, f"{name}Model")(config).eval()
+    sizes = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3, "image_size": SIZE}
+    config = getattr(transformers, f"{name}Config")(**sizes, patch_size=14, use_swiglu_ffn=kind == "gated")
+    config.save_pretrained(folder)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    model, report = getattr(transformers, f"{name}Model").from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    return model.eval()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_transformers_sees_other_features_with_the_same_weights(transformers: Any, kind: str) -> None:
-    ours, theirs = backbone(kind), transformers_model(transformers, kind)
-    theirs.load_state_dict(to_transformers(ours.state_dict()), strict=True)
+def test_transformers_sees_other_features_with_the_same_weights(transformers: Any, kind: str, tmp_path: Path) -> None:
+    ours = backbone(kind)
+    theirs = load_by_transformers(transformers, kind, to_transformers(ours.state_dict()), tmp_path)
     x = torch.randn(2, 3, SIZE, SIZE)  # their position embedding is resampled otherwise at other sizes
     found = theirs(pixel_values=x).last_hidden_state
     cls, patches = outputs(ours, x)
     torch.testing.assert_close(found[:, 0], cls, rtol=0, atol=1e-5)
     torch.testing.assert_close(found[:, -4:], patches, rtol=0, atol=1e-5)
+    again, _ = as_dinov2(theirs.state_dict())  # under the names of the version that is installed
+    assert all(torch.equal(again[name], tensor) for name, tensor in ours.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -80,28 +81,29 @@ def test_way_to_transformers_and_back_changes_a_tensor(kind: str) -> None:
     assert all(torch.equal(again[name], state[name]) for name in state)
 
 
-def published_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return transformers' weights under the names that they had before version 5."""
-    old = {}
+def names_in_memory(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return transformers' weights under the names that late versions 5 use in a loaded model."""
+    new = {}
     for name, tensor in state.items():
         for part, former in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")):
-            name = name.replace(f"attention.{part}", f"attention.attention.{former}")
-        name = name.replace("attention.o_proj", "attention.output.dense").replace("down_proj", "weights_out")
-        if "up_proj" not in name:
-            gate = name.replace("gate_proj", "up_proj")
-            is_gate = gate != name
-            old[name.replace("gate_proj", "weights_in")] = torch.cat([tensor, state[gate]]) if is_gate else tensor
-    return old
+            name = name.replace(f"attention.attention.{former}", f"attention.{part}")
+        name = name.replace("attention.output.dense", "attention.o_proj").replace("weights_out", "down_proj")
+        if "weights_in" in name:
+            for part, half in zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True):
+                new[name.replace("weights_in", part)] = half
+        else:
+            new[name] = tensor
+    return new
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("prefix", ["", "dinov2."])
-def test_weights_as_transformers_published_them_do_not_load(kind: str, prefix: str) -> None:
+def test_names_of_late_versions_of_transformers_do_not_load(kind: str, prefix: str) -> None:
     state = backbone(kind).state_dict()
-    old = {f"{prefix}{name}": tensor for name, tensor in published_names(to_transformers(state)).items()}
+    new = {f"{prefix}{name}": tensor for name, tensor in names_in_memory(to_transformers(state)).items()}
     if prefix:
-        old["classifier.weight"] = torch.zeros(2, 2)
-    again, _ = as_dinov2(old)
+        new["classifier.weight"] = torch.zeros(2, 2)
+    again, _ = as_dinov2(new)
     assert again.keys() == state.keys()
     assert all(torch.equal(again[name], state[name]) for name in state)
 

@@ -11,6 +11,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
+
+_PHILOX_BLOCK = 4  # numbers of 64 bits
+_FLOAT32_BITS = 24  # of the significand: more would round up to 1
 
 
 class RandomStream(enum.IntEnum):
@@ -21,6 +26,8 @@ class RandomStream(enum.IntEnum):
     MASKS = 2
     PATCHES = 3
     """Which patches the equivariance branch reconstructs."""
+    THETA = 4
+    """The transforms of the second views."""
 
 
 def random_generator(stream: RandomStream, seed: int, number: int) -> np.random.Generator:
@@ -32,6 +39,38 @@ def random_generator(stream: RandomStream, seed: int, number: int) -> np.random.
         number: Position or epoch, >= 0.
     """
     return np.random.default_rng(np.random.SeedSequence((seed, int(stream), number)))
+
+
+def random_uniforms(stream: RandomStream, seed: int, positions: Tensor, count: int) -> Tensor:
+    """Return numbers in [0, 1) for each position that depend on (stream, seed, position) alone: float32 [B, count].
+
+    All positions of a step by one call, in microseconds: Philox numbers its blocks of four, and a position has its own.
+
+    Args:
+        stream: What the numbers are for.
+        seed: Seed of the run, >= 0.
+        positions: [B] int64, >= 0.
+        count: Numbers for each.
+
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    """
+    key = np.random.SeedSequence((seed, int(stream))).generate_state(2, np.uint64)
+    blocks = -(-count // _PHILOX_BLOCK)
+    parts = [np.empty((0, count), np.uint64)]
+    for first, length in _runs(positions.tolist()):
+        generator = np.random.Philox(key=key, counter=first * blocks)
+        parts.append(generator.random_raw(length * blocks * _PHILOX_BLOCK).reshape(length, -1)[:, :count])
+    highest_bits = np.concatenate(parts) >> np.uint64(64 - _FLOAT32_BITS)
+    return torch.from_numpy(highest_bits.astype(np.float32) * np.float32(2.0**-_FLOAT32_BITS))
+
+
+def _runs(positions: list[int]) -> Iterator[tuple[int, int]]:
+    """Yield (first, length) of each stretch of positions that follow upon each other."""
+    start = 0
+    for end in range(1, len(positions) + 1):
+        if end == len(positions) or positions[end] != positions[end - 1] + 1:
+            yield positions[start], end - start
+            start = end
 
 
 class SampleOrder:

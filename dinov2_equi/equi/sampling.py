@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dinov2_equi.data.samplers import RandomStream, random_generator
+from dinov2_equi.data.samplers import RandomStream, random_uniforms
 from dinov2_equi.equi.families.base import TransformFamily
 
 
@@ -20,11 +19,7 @@ def draw_theta(family: TransformFamily, positions: Tensor, seed: int) -> Tensor:
         positions: [B] int64 sample positions.
         seed: seed of the run.
     """
-    draws = []
-    for position in positions.tolist():
-        state = np.random.SeedSequence((seed, position)).generate_state(1, np.uint64)
-        draws.append(family.draw(1, torch.Generator().manual_seed(int(state[0]))))
-    return torch.cat(draws)
+    return family.from_unit(random_uniforms(RandomStream.THETA, seed, positions, family.num_uniforms))
 
 
 def draw_patches(positions: Tensor, seed: int, *, num_patches: int, count: int) -> Tensor:
@@ -39,8 +34,8 @@ def draw_patches(positions: Tensor, seed: int, *, num_patches: int, count: int) 
         num_patches: N, patches of an image.
         count: n, how many of them.
     """
-    streams = (random_generator(RandomStream.PATCHES, seed, position) for position in positions.tolist())
-    return torch.from_numpy(np.stack([stream.permutation(num_patches)[:count] for stream in streams]))
+    ranks = random_uniforms(RandomStream.PATCHES, seed, positions, num_patches)  # [B, N]
+    return ranks.argsort(dim=1, stable=True)[:, :count]
 
 
 def path_points(family: TransformFamily, theta: Tensor, num_steps: int) -> Tensor:

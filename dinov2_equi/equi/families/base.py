@@ -25,6 +25,12 @@ class TransformFamily(Protocol):
     param_names: tuple[str, ...]
     """One name with its unit for each of the P parameters."""
 
+    num_uniforms: int
+    """U, random numbers from which the parameters of an image are made."""
+
+    def from_unit(self, unit: Tensor) -> Tensor:
+        """Return parameters [B, P] float32 on the CPU for independent uniform numbers [B, U] in [0, 1)."""
+
     def draw(self, batch_size: int, generator: torch.Generator) -> Tensor:
         """Return [B, P] float32 parameters on the CPU, uniform in the range of the family."""
 
@@ -81,7 +87,21 @@ class FamilySettings:
     mixture: tuple[str, ...] = ("se2", "color", "blur")
 
 
-class RangedFamily:
+class DrawnFromUnit:
+    """Draws by `from_unit`, which a subclass has."""
+
+    num_uniforms: int
+
+    def from_unit(self, unit: Tensor) -> Tensor:
+        """See `TransformFamily.from_unit`."""
+        raise NotImplementedError
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        """See `TransformFamily.draw`."""
+        return self.from_unit(torch.rand(batch_size, self.num_uniforms, generator=generator))
+
+
+class RangedFamily(DrawnFromUnit):
     """A family whose parameters are independent and uniform, and zero for the identity."""
 
     param_names: tuple[str, ...]
@@ -90,10 +110,10 @@ class RangedFamily:
         """Store the least and the greatest value of each parameter, [P] each."""
         self._low = torch.tensor(low)
         self._span = torch.tensor(high) - self._low
+        self.num_uniforms = len(self._low)
 
-    def draw(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """See `TransformFamily.draw`."""
-        unit = torch.rand(batch_size, len(self.param_names), generator=generator)  # [B, P] in [0, 1)
+    def from_unit(self, unit: Tensor) -> Tensor:
+        """See `TransformFamily.from_unit`."""
         return self._low + unit * self._span
 
     def scale(self, theta: Tensor, fraction: float) -> Tensor:

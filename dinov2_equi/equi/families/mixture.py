@@ -8,10 +8,10 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from dinov2_equi.equi.families.base import TransformFamily
+from dinov2_equi.equi.families.base import DrawnFromUnit, TransformFamily
 
 
-class Mixture:
+class Mixture(DrawnFromUnit):
     """One of several families for each image, all with the same probability.
 
     The parameters of all members stand side by side; those of the members that were not drawn are zero, which is the
@@ -29,19 +29,20 @@ class Mixture:
         self.members = dict(members)
         widths = [len(member.param_names) for member in self.members.values()]
         self._columns = [slice(*ends) for ends in pairwise(accumulate(widths, initial=1))]
+        self.num_uniforms = 1 + sum(member.num_uniforms for member in self.members.values())
         self.param_names: tuple[str, ...] = (
             "member",
             *(f"{name}.{param}" for name, member in self.members.items() for param in member.param_names),
         )
 
-    def draw(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """See `TransformFamily.draw`."""
-        theta = torch.zeros(batch_size, len(self.param_names))
-        drawn = torch.randint(len(self.members), (batch_size,), generator=generator)  # [B]
+    def from_unit(self, unit: Tensor) -> Tensor:
+        """See `TransformFamily.from_unit`; the first number chooses the member, the others are the members' own."""
+        drawn = (unit[:, 0] * len(self.members)).floor()  # [B]
+        theta = torch.zeros(len(unit), len(self.param_names))
         theta[:, 0] = drawn
         for index, (columns, member) in enumerate(zip(self._columns, self.members.values(), strict=True)):
             is_drawn = (drawn == index)[:, None]
-            theta[:, columns] = torch.where(is_drawn, member.draw(batch_size, generator), 0.0)
+            theta[:, columns] = torch.where(is_drawn, member.from_unit(unit[:, columns]), 0.0)
         return theta
 
     def scale(self, theta: Tensor, fraction: float) -> Tensor:

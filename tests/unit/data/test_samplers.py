@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
+import torch
 
-from dinov2_equi.data.samplers import PositionSampler, RandomStream, SampleOrder, random_generator
+from dinov2_equi.data.samplers import PositionSampler, RandomStream, SampleOrder, random_generator, random_uniforms
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 7, 100])
@@ -91,3 +94,39 @@ def test_faulty_arguments_are_refused(changes: dict[str, int]) -> None:
 def test_empty_data_set_is_refused() -> None:
     with pytest.raises(ValueError, match="got 0"):
         SampleOrder(0, seed=0)
+
+
+# ----------------------------------------------------------------------------------------------------- random_uniforms
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 196])
+def test_numbers_of_a_position_depend_on_the_positions_beside_it(count: int) -> None:
+    # Successive ones, a gap, a repetition, a step back, a late one.
+    positions = torch.tensor([7, 8, 9, 12, 12, 3, 2**40, 2**40 + 1])
+    together = random_uniforms(RandomStream.THETA, 5, positions, count)
+    assert together.shape == (8, count) and together.dtype == torch.float32
+    for row, position in zip(together, positions, strict=True):
+        assert torch.equal(random_uniforms(RandomStream.THETA, 5, position[None], count)[0], row)
+    assert len(together.unique(dim=0)) == 7
+
+
+def test_numbers_repeat_between_positions_seeds_or_streams() -> None:
+    numbers = [
+        random_uniforms(stream, seed, torch.arange(50), 8)
+        for stream in (RandomStream.THETA, RandomStream.PATCHES)
+        for seed in (0, 1, 2**32 - 1)
+    ]
+    assert len(torch.stack(numbers).unique()) == pytest.approx(6 * 50 * 8, abs=2)  # of 2^24 values
+
+
+def test_numbers_leave_the_unit_interval_or_are_not_uniform() -> None:
+    numbers = random_uniforms(RandomStream.THETA, 0, torch.arange(20_000), 5)
+    assert numbers.min() >= 0 and numbers.max() < 1
+    counts = torch.histc(numbers.flatten(), bins=10, min=0, max=1)
+    assert (counts - 10_000).abs().max() < 5 * 95  # standard deviation of a bin: sqrt(100 000 * 0.1 * 0.9)
+    neighbours = torch.corrcoef(torch.cat([numbers[:-1], numbers[1:]], dim=1).T)
+    assert (neighbours - torch.eye(10)).abs().max() < 5 / math.sqrt(20_000)
+
+
+def test_no_positions_give_no_numbers() -> None:
+    assert random_uniforms(RandomStream.THETA, 0, torch.arange(0), 3).shape == (0, 3)

@@ -6,7 +6,9 @@
 Both sides make the same batch: for each of the B crops, `num_steps` images of the path and the second view, float32 in
 [0, 1], mirrored at the borders. Ours takes float32 crops and makes all images by one call on one thread. Pillow takes
 8-bit crops, one at a time, and coefficients computed beforehand; as it knows no mirrored borders, a crop is padded once
-for all its images, as far as they reach. `Pillow alone` leaves out padding and conversion.
+for all its images, as far as they reach. `Pillow alone` leaves out padding and conversion. `torchvision` is what
+code in the field does, where torchvision has the transform: for each image pad the crop by the furthest reach of the
+family, `affine` with bicubic interpolation, cut out the centre, `to_tensor`.
 
 The two run in turn on one core; the ratios are medians over the repeats of their times, which are those of the thread:
 what another process takes from the core does not count. The last column says that they do the same thing: mean
@@ -21,7 +23,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +36,8 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from PIL import Image, ImageFilter  # noqa: E402
 from torch import Tensor  # noqa: E402
+from torchvision.transforms import InterpolationMode  # noqa: E402
+from torchvision.transforms.functional import to_tensor  # noqa: E402
 from torchvision.transforms.v2 import functional as tvf  # noqa: E402
 
 from dinov2_equi.equi import geometry  # noqa: E402
@@ -43,6 +47,9 @@ from dinov2_equi.equi.sampling import path_points  # noqa: E402
 from dinov2_equi.equi.views import make_views  # noqa: E402
 from dinov2_equi.evaluation.results import write_results  # noqa: E402
 from dinov2_equi.run.allocator import keep_freed_memory  # noqa: E402
+
+FULL_SHIFT_PX = 10  # of a crop of 224 pixels: the range of the families
+BLUR_KERNEL_PX, LEAST_SIGMA_PX = 13, 0.01
 
 PillowOp = Callable[[Image.Image], Image.Image]
 
@@ -57,6 +64,8 @@ class Timing:
     pillow_alone_ms: float
     ratio: float
     ratio_alone: float
+    torchvision_ms: float | None
+    ratio_torchvision: float | None
     difference_levels: float
 
 
@@ -107,6 +116,29 @@ def _blur_op(sigma: float) -> PillowOp:
     return lambda image: image.filter(ImageFilter.GaussianBlur(sigma))
 
 
+def torchvision_op(name: str, point: Sequence[float], size: int) -> PillowOp | None:
+    """Return torchvision's transform of a Pillow image for one point of a family, or None where it has none."""
+    if name == "color":
+        return partial(_change_colors, deltas=list(point))
+    if name == "blur":
+        return lambda image: tvf.gaussian_blur(image, [BLUR_KERNEL_PX] * 2, [max(point[0], LEAST_SIGMA_PX)] * 2)
+    if name not in ("rotation", "translation", "se2"):
+        return None
+    angle = 0.0 if name == "translation" else point[0]
+    shift = [0.0, 0.0] if name == "rotation" else [round(value) for value in point[-2:]]
+    reach = math.ceil(FULL_SHIFT_PX * size / 224) if name != "rotation" else 0
+    if name != "translation":
+        reach += math.ceil(size * (math.sqrt(2) - 1) / 2)  # half of what the diagonal is longer than the side
+
+    def op(image: Image.Image) -> Image.Image:
+        padded = tvf.pad(image, [reach] * 4, padding_mode="symmetric")
+        moved = tvf.affine(padded, -angle, shift, 1.0, [0.0], interpolation=InterpolationMode.BICUBIC)
+        cropped: Image.Image = tvf.center_crop(moved, [size, size])
+        return cropped
+
+    return op
+
+
 def _change_colors(image: Image.Image, deltas: list[float]) -> Image.Image:
     """Return the image after torchvision's operations, which call Pillow."""
     image = tvf.adjust_brightness(image, 1 + deltas[0])
@@ -117,35 +149,65 @@ def _change_colors(image: Image.Image, deltas: list[float]) -> Image.Image:
 
 def measure(name: str, crops: Tensor, num_steps: int, repeats: int, generator: torch.Generator) -> Timing:
     """Time one family on crops [B, 3, H, W]."""
-    count, _, size, _ = crops.shape
     family = build_family(name)
-    theta = family.draw(count, generator)
+    theta = family.draw(len(crops), generator)
     points = path_points(family, theta, num_steps)  # [S + 1, B, P]
-    recipes = [pillow_crop(name, family, points[:, b], size) for b in range(count)]
     arrays = list((crops * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy())  # B of [H, W, 3]
-    padded = [_padded(array, recipe.margin) for array, recipe in zip(arrays, recipes, strict=True)]
 
     def ours() -> Tensor:
         return make_views(crops, family, theta, num_steps, include_final=True).path
 
-    def pillow() -> Tensor:
-        batch = torch.empty(len(points), *crops.shape)
+    pillow, pillow_alone = pillow_works(name, family, points, arrays)
+    works: list[Callable[[], object]] = [ours, pillow, pillow_alone]
+    if (field := torchvision_work(name, points, arrays)) is not None:
+        works.append(field)
+    difference = float((255 * (ours() - pillow())).abs().mean())  # the first call of each warms it up
+    times = [[_milliseconds(work) / len(crops) for work in works] for _ in range(repeats)]
+    medians = [statistics.median(column) for column in zip(*times, strict=True)]
+    ratios = [statistics.median(row[k] / row[0] for row in times) for k in range(1, len(works))]
+    field_ms, ratio_field = (medians[3], ratios[2]) if field is not None else (None, None)
+    return Timing(name, *medians[:3], *ratios[:2], field_ms, ratio_field, difference)
+
+
+def pillow_works(
+    name: str, family: TransformFamily, points: Tensor, arrays: Sequence[npt.NDArray[np.uint8]]
+) -> tuple[Callable[[], Tensor], Callable[[], None]]:
+    """Return what makes the batch [S + 1, B, 3, H, W] by Pillow, and the transforms of it alone."""
+    size = len(arrays[0])
+    recipes = [pillow_crop(name, family, points[:, b], size) for b in range(len(arrays))]
+    padded = [_padded(array, recipe.margin) for array, recipe in zip(arrays, recipes, strict=True)]
+
+    def whole() -> Tensor:
+        batch = torch.empty(len(points), len(arrays), 3, size, size)
         for b, (array, recipe) in enumerate(zip(arrays, recipes, strict=True)):
             image = _padded(array, recipe.margin)
             for step, op in enumerate(recipe.ops):
                 torch.div(tvf.pil_to_tensor(op(image)), 255, out=batch[step, b])
         return batch
 
-    def pillow_alone() -> None:
+    def alone() -> None:
         for image, recipe in zip(padded, recipes, strict=True):
             for op in recipe.ops:
                 op(image)
 
-    difference = float((255 * (ours() - pillow())).abs().mean())  # the first call of each warms it up
-    times = [[_milliseconds(work) / count for work in (ours, pillow, pillow_alone)] for _ in range(repeats)]
-    ours_ms, pillow_ms, alone_ms = (statistics.median(column) for column in zip(*times, strict=True))
-    ratio, ratio_alone = (statistics.median(row[k] / row[0] for row in times) for k in (1, 2))
-    return Timing(name, ours_ms, pillow_ms, alone_ms, ratio, ratio_alone, difference)
+    return whole, alone
+
+
+def torchvision_work(name: str, points: Tensor, arrays: Sequence[npt.NDArray[np.uint8]]) -> Callable[[], Tensor] | None:
+    """Return what makes the batch [S + 1, B, 3, H, W] as code in the field does, or None where torchvision cannot."""
+    size = len(arrays[0])
+    ops = [[torchvision_op(name, point.tolist(), size) for point in points[:, b]] for b in range(len(arrays))]
+
+    def work() -> Tensor:
+        batch = torch.empty(len(points), len(arrays), 3, size, size)
+        for b, array in enumerate(arrays):
+            image = Image.fromarray(array)
+            for step, op in enumerate(ops[b]):
+                assert op is not None
+                batch[step, b] = to_tensor(op(image))
+        return batch
+
+    return None if ops[0][0] is None else work
 
 
 def _padded(array: npt.NDArray[np.uint8], margin: int) -> Image.Image:
@@ -186,13 +248,25 @@ def main() -> None:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # both sides on the same core
     generator = torch.Generator().manual_seed(arguments.seed)
     crops = make_crops(arguments.batch_size, arguments.size, generator)
-    titles = ("ours ms/crop", "Pillow ms/crop", "Pillow alone", "ratio", "ratio alone", "difference")
-    print(f"{'family':<12}" + "".join(f"{title:>16}" for title in titles))
+    titles = (
+        "ours ms/crop",
+        "Pillow ms/crop",
+        "Pillow alone",
+        "ratio",
+        "ratio alone",
+        "torchvision",
+        "ratio",
+        "difference",
+    )
+    print(f"{'family':<12}" + "".join(f"{title:>15}" for title in titles))
     timings = []
     for name in arguments.families:
         timing = measure(name, crops, arguments.num_steps, arguments.repeats, generator)
         print(
-            f"{timing.family:<12}" + "".join(f"{value:16.2f}" for value in list(asdict(timing).values())[1:]),
+            f"{timing.family:<12}"
+            + "".join(
+                f"{'-':>15}" if value is None else f"{value:15.2f}" for value in list(asdict(timing).values())[1:]
+            ),
             flush=True,
         )
         timings.append(timing)

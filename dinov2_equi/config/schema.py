@@ -194,6 +194,10 @@ class TrainConfig:
     checkpoint_keep: int = 3
     """Number of checkpoints kept; older ones are deleted."""
 
+    max_nonfinite_steps: int = 3
+    """Steps in a row whose loss or gradient may be NaN or infinite. Such a step is skipped; after so many the run goes
+    back to the weights of its last checkpoint, or stops if it has been there already."""
+
     device: str = "auto"
     """`cpu`, `cuda`, or `auto` for CUDA where it is available."""
 

@@ -102,6 +102,7 @@ RULES: Mapping[str, Rule] = {
     "train.OFFICIAL_EPOCH_LENGTH": _COUNT,
     "train.checkpoint_every_steps": _NOT_NEGATIVE,
     "train.checkpoint_keep": _COUNT,
+    "train.max_nonfinite_steps": _COUNT,
     "train.num_threads": _NOT_NEGATIVE,
     "student.patch_size": _COUNT,
     "student.drop_path_rate": _BELOW_ONE,

@@ -18,6 +18,7 @@ from dinov2_equi.data.collate import MaskRecipe, Sample, SourceSample, collate, 
 from dinov2_equi.data.datasets.base import ImageDataset
 from dinov2_equi.data.masking import MaskingGenerator
 from dinov2_equi.data.samplers import PositionSampler, RandomStream, SampleOrder, random_generator
+from dinov2_equi.data.signals import ignore_stop_signals
 from dinov2_equi.data.source_batch import SourceBatch
 
 
@@ -141,8 +142,9 @@ def on_device(batch: Batch | SourceBatch, device: torch.device) -> Batch:
 
 
 def _start_worker(_: int) -> None:
-    """Keep a worker to one thread: workers side by side would otherwise fight over the cores."""
+    """Keep a worker to one thread, or they would fight over the cores; signals are for the training process."""
     torch.set_num_threads(1)
+    ignore_stop_signals()
 
 
 @contextlib.contextmanager

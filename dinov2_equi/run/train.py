@@ -3,8 +3,10 @@
     python dinov2_equi/run/train.py --config-file configs/quickstart.yaml --output-dir runs/quickstart [key=value ...]
 
 Several configuration files, `--config-file A.yaml B.yaml`, are read in this order; the last to name a key decides.
-Running the same command again goes on where the last run stopped. Exit codes: 0 done, 1 stopped by a numerical fault,
-2 something in the command, configuration or data is wrong, 130 interrupted by the keyboard.
+Running the same command again goes on where the last run stopped. SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C let it finish
+its step and save; a second one ends it at once. Exit codes: 0 done, 1 stopped by a numerical fault, 2 something in the
+command, configuration or data is wrong, 75 stopped by a signal and to be started again, 130 interrupted by the
+keyboard.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ if __package__ in (None, ""):  # started as a file: Python put this folder on th
 import argparse
 import logging
 import os
+import signal
 from collections.abc import Sequence
 
 import torch
@@ -36,10 +39,13 @@ from dinov2_equi.train.build import build_datasets, check_colors, check_weight_f
 from dinov2_equi.train.loop import load_finished, train
 from dinov2_equi.train.settings import load_run_config, split_words
 from dinov2_equi.train.step import NonFiniteLossError
+from dinov2_equi.train.stopping import RunStopped
 
 logger = logging.getLogger(__name__)
 
 EXIT_DONE, EXIT_NON_FINITE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_STOPPED = 75
+"""EX_TEMPFAIL of sysexits.h: to be tried again. For SLURM's RequeueExit."""
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -80,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, CheckpointError, OSError) as error:
         logger.debug("stopped", exc_info=True)
         return _fail(error, EXIT_USER_ERROR)
+    except RunStopped as stopped:
+        return _fail(stopped, EXIT_INTERRUPTED if stopped.signal == signal.SIGINT else EXIT_STOPPED)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on from the last checkpoint", EXIT_INTERRUPTED)
     return EXIT_DONE

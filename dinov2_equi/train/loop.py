@@ -16,16 +16,18 @@ from dinov2_equi.config.load import to_yaml
 from dinov2_equi.config.schema import Config
 from dinov2_equi.data.batch import Batch
 from dinov2_equi.data.datasets.base import ImageDataset
+from dinov2_equi.data.loaders import on_device
 from dinov2_equi.data.source_batch import SourceBatch
 from dinov2_equi.fsdp.checkpoint import CheckpointStore
 from dinov2_equi.logging.metrics import MetricWriter
 from dinov2_equi.logging.progress import training_progress
 from dinov2_equi.train import build
 from dinov2_equi.train.export import export_teacher
+from dinov2_equi.train.guard import GuardedSteps
 from dinov2_equi.train.schedules import StepValues
 from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
 from dinov2_equi.train.state import ResumeError, TrainState, check_same_run
-from dinov2_equi.train.step import train_step
+from dinov2_equi.train.stopping import RunStopped, StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,8 @@ def train(
 
     Raises:
         ResumeError: if the folder holds another run.
-        NonFiniteLossError: see `train_step`.
+        NonFiniteLossError: if too many steps in a row were not finite, see `GuardedSteps`.
+        RunStopped: on a signal, once the step is finished and saved.
     """
     store = CheckpointStore(output_dir / CHECKPOINTS, keep=cfg.train.checkpoint_keep)
     state = _start_or_resume(cfg, derived, store, device)
@@ -117,31 +120,47 @@ def _run_steps(
     device = next(state.model.parameters()).device
     loader = build.build_loader(cfg, derived, dataset, start_step=state.step, pin_memory=device.type == "cuda")
     schedules = build.build_schedules(cfg, derived)
+    steps = GuardedSteps(state, cfg, store=store, device=device, output_dir=output_dir)
     with (
         MetricWriter(output_dir, tensorboard=cfg.logging.tensorboard, start_step=state.step) as writer,
         training_progress(derived.total_steps, state.step, images_per_step=derived.effective_batch_size) as progress,
+        StopRequest().listening() as stop,
     ):
         state.model.train()
         for batch, clock in _timed(loader):
             values = schedules.at(state.step)
-            scalars = train_step(state, batch, values, cfg, device)
-            scalars |= _step_facts(values, clock.stop(batch.batch_size), device)
-            state.seconds += scalars["time/step"]
-            scalars["time/total"] = state.seconds
-            progress.update(state.step, scalars)
-            periods = (cfg.logging.metrics_every_steps, cfg.logging.diagnostics_every_steps)
-            if state.step == 1 or any(_due(state.step, period, derived.total_steps) for period in periods):
-                writer.write(state.step - 1, scalars)
-            _periodic(state, cfg, derived, store, output_dir)
+            scalars = steps.run(on_device(batch, device), values)
+            facts = _step_facts(values, clock.stop(batch.batch_size), device)
+            state.seconds += facts["time/step"]
+            if scalars is not None:
+                scalars |= facts | {"time/total": state.seconds}
+                progress.update(state.step, scalars)
+                if _is_logged(cfg, state.step, derived.total_steps):
+                    writer.write(state.step - 1, scalars)
+            _periodic(state, cfg, derived, store, output_dir, is_sound=steps.is_sound)
             for period, hook in hooks:
                 if hook is not None and _due(state.step, period):
                     hook(state.model, state.step, writer)
                     state.model.train()
+            if stop.signal and state.step < derived.total_steps:
+                state.save(store, cfg)
+                raise RunStopped(stop.signal, state.step)
 
 
-def _periodic(state: TrainState, cfg: Config, derived: Derived, store: CheckpointStore, output_dir: Path) -> None:
-    """Write what is due after this step: a checkpoint, and DINOv2's copy of the teacher for evaluation."""
-    if _due(state.step, derived.checkpoint_every_steps, derived.total_steps):
+def _is_logged(cfg: Config, step: int, total_steps: int) -> bool:
+    periods = (cfg.logging.metrics_every_steps, cfg.logging.diagnostics_every_steps)
+    return step == 1 or any(_due(step, period, total_steps) for period in periods)
+
+
+def _periodic(
+    state: TrainState, cfg: Config, derived: Derived, store: CheckpointStore, output_dir: Path, *, is_sound: bool
+) -> None:
+    """Write what is due after this step: a checkpoint, and DINOv2's copy of the teacher for evaluation.
+
+    In a row of steps that are not finite no checkpoint is written but the last: the one before it is to go back to.
+    """
+    due = is_sound and _due(state.step, derived.checkpoint_every_steps)
+    if due or state.step == derived.total_steps:
         state.save(store, cfg)
     if _due(state.step, cfg.evaluation.eval_period_iterations):
         export_teacher(state.model, exported_teacher(output_dir, state.step))

@@ -37,20 +37,21 @@ class TrainState:
         optimizer: AdamW over the trainable modules.
         step: number of finished steps; also the index of the next one.
         seconds: time spent in these steps, over all resumes.
+        skipped: how many of the steps were not finite and changed nothing.
     """
 
     model: SSLMetaArch
     optimizer: torch.optim.AdamW
     step: int = 0
     seconds: float = 0.0
+    skipped: int = 0
 
     def save(self, store: CheckpointStore, cfg: Config) -> None:
         """Write a checkpoint of this state; the sample position follows from the step."""
         optimizer_tensors, optimizer_state = flatten_optimizer(self.optimizer)
-        tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors, "rng": _random_state()}
-        store.save(
-            self.step, tensors, {"optimizer": optimizer_state, "config": flat_config(cfg), "seconds": self.seconds}
-        )
+        tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors, "rng": random_state()}
+        facts = {"config": flat_config(cfg), "seconds": self.seconds, "skipped": self.skipped}
+        store.save(self.step, tensors, {"optimizer": optimizer_state} | facts)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take over weights, optimiser, random state and step of a checkpoint.
@@ -60,9 +61,10 @@ class TrainState:
         """
         load_exact(self.model, checkpoint.tensors["model"])
         restore_optimizer_(self.optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
-        _set_random_state(checkpoint.tensors["rng"])
+        set_random_state(checkpoint.tensors["rng"])
         self.step = checkpoint.step
         self.seconds = float(checkpoint.state["seconds"])
+        self.skipped = int(checkpoint.state.get("skipped", 0))  # younger than the first checkpoints
 
 
 def check_same_run(checkpoint: Checkpoint, cfg: Config) -> None:
@@ -102,14 +104,16 @@ def flat_config(cfg: Config) -> dict[str, Any]:
     return walk("", dataclasses.asdict(cfg))
 
 
-def _random_state() -> dict[str, Tensor]:
+def random_state() -> dict[str, Tensor]:
+    """Return the state of PyTorch's random generators: `cpu`, and `cuda` where there is one."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
-def _set_random_state(state: dict[str, Tensor]) -> None:
+def set_random_state(state: dict[str, Tensor]) -> None:
+    """Put back what `random_state` returned."""
     torch.set_rng_state(state["cpu"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())

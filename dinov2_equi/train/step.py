@@ -8,12 +8,12 @@ import torch
 
 from dinov2_equi.config.schema import Config
 from dinov2_equi.data.batch import Batch
-from dinov2_equi.data.loaders import on_device
-from dinov2_equi.data.source_batch import SourceBatch
 from dinov2_equi.distributed.env import get_rank
 from dinov2_equi.train.param_groups import apply_schedule_
 from dinov2_equi.train.schedules import StepValues
 from dinov2_equi.train.state import TrainState
+
+_SHOWN_TERMS = 4
 
 
 class NonFiniteLossError(RuntimeError):
@@ -21,13 +21,13 @@ class NonFiniteLossError(RuntimeError):
 
 
 def train_step(
-    state: TrainState, batch: Batch | SourceBatch, values: StepValues, cfg: Config, device: torch.device
+    state: TrainState, batch: Batch, values: StepValues, cfg: Config, device: torch.device
 ) -> dict[str, float]:
     """Run one step and advance the state by one.
 
     Args:
         state: the run; changed in place.
-        batch: one batch of the loader.
+        batch: one collated batch.
         values: learning rate, weight decay, momentum and temperature of this step.
         cfg: the configuration.
         device: where to compute.
@@ -41,7 +41,7 @@ def train_step(
     state.optimizer.zero_grad(set_to_none=True)
     every = cfg.logging.diagnostics_every_steps
     output = state.model.forward_backward(
-        on_device(batch, device),
+        batch.to(device, non_blocking=True),
         teacher_temp=values.teacher_temp,
         diagnose=every > 0 and (state.step == 0 or (state.step + 1) % every == 0),
     )
@@ -69,8 +69,6 @@ def _clip_gradients(state: TrainState, max_norm: float) -> dict[str, torch.Tenso
 def _check_finite(scalars: dict[str, float], step: int) -> None:
     broken = {name: value for name, value in scalars.items() if not math.isfinite(value)}
     if broken:
-        terms = ", ".join(f"{name} = {value}" for name, value in broken.items())
-        raise NonFiniteLossError(
-            f"step {step}, rank {get_rank()}: {terms}. Nothing was updated and the last checkpoint is sound. "
-            "Lower optim.base_lr or equi.loss_weight, lengthen optim.warmup_epochs, or look at the images of this step"
-        )
+        terms = [f"{name} = {value}" for name, value in broken.items()]
+        further = f" and {len(terms) - _SHOWN_TERMS} more" if len(terms) > _SHOWN_TERMS else ""
+        raise NonFiniteLossError(f"step {step}, rank {get_rank()}: {', '.join(terms[:_SHOWN_TERMS])}{further}")

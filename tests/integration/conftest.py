@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dinov2_equi.fsdp.checkpoint import CheckpointStore, sha256_of_tensors
 from dinov2_equi.run.train import main
-from dinov2_equi.train import loop
+from dinov2_equi.train import guard
 from dinov2_equi.train.state import TrainState
 from dinov2_equi.train.step import train_step
 
@@ -122,7 +122,7 @@ def stop_before(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]
                 raise KeyboardInterrupt
             return train_step(state, *arguments)
 
-        monkeypatch.setattr(loop, "train_step", interrupted_step)
+        monkeypatch.setattr(guard, "train_step", interrupted_step)
 
     return arm
 

@@ -20,6 +20,7 @@ from dinov2_equi.config.keys import leaf_types
 from dinov2_equi.config.load import WITHOUT_EFFECT, load_config
 from dinov2_equi.config.schema import Config
 from dinov2_equi.config.validate import CHOICES
+from dinov2_equi.data.loaders import on_device
 from dinov2_equi.fsdp.checkpoint import sha256_of_tensors
 from dinov2_equi.train import build, settings
 from dinov2_equi.train.step import train_step
@@ -227,6 +228,7 @@ TEACHES_NOTHING: dict[str, str] = {
     "train.num_workers": "1",
     "train.checkpoint_every_steps": "1",
     "train.checkpoint_keep": "1",
+    "train.max_nonfinite_steps": "1",
     "logging.metrics_every_steps": "3",
     "logging.diagnostics_every_steps": "2",
     "logging.tensorboard": "true",
@@ -278,7 +280,7 @@ def learned(cfg: Config) -> str:
         schedules = build.build_schedules(cfg, derived)
         state.model.train()
         for batch in build.build_loader(cfg, derived, dataset, start_step=0, pin_memory=False):
-            train_step(state, batch, schedules.at(state.step), cfg, device)
+            train_step(state, on_device(batch, device), schedules.at(state.step), cfg, device)
     return sha256_of_tensors(state.model.state_dict())
 
 

@@ -17,8 +17,9 @@ import pytest
 
 from dinov2_equi.fsdp.checkpoint import CheckpointStore
 from dinov2_equi.logging.metrics import read_metrics
-from dinov2_equi.train import loop
+from dinov2_equi.train import guard, loop
 from dinov2_equi.train import state as train_state
+from dinov2_equi.train.step import NonFiniteLossError, train_step
 
 Run = Callable[..., int]
 Hash = Callable[..., str]
@@ -81,7 +82,7 @@ def test_a_lost_random_state_goes_unnoticed_here(
     stop_before(10)
     assert lean_run(tmp_path, EVERY_10) != 0
     stop_before(None)
-    monkeypatch.setattr(train_state, "_set_random_state", lambda _: None)
+    monkeypatch.setattr(train_state, "set_random_state", lambda _: None)
     assert lean_run(tmp_path, EVERY_10) == 0
     assert lines(tmp_path)[:10] == lines(whole_run)[:10]
     assert lines(tmp_path)[10:] != lines(whole_run)[10:], "stochastic depth draws from it"
@@ -247,7 +248,7 @@ def test_a_finished_run_is_run_again(
     def refuse(*_: object) -> None:
         raise AssertionError("a step was made")
 
-    monkeypatch.setattr(loop, "train_step", refuse)
+    monkeypatch.setattr(guard, "train_step", refuse)
     assert debug_run(folder) == 0
     after = contents(folder)
     assert set(after) == set(before)
@@ -376,7 +377,7 @@ def test_eval_only_does_not_rewrite_the_report(
     folder = shutil.copytree(finished_run, tmp_path / "run")
     for name in ("report.html", "results.json"):
         (folder / name).unlink()
-    monkeypatch.delattr(loop, "train_step")
+    monkeypatch.delattr(guard, "train_step")
     assert debug_run(folder, "--eval-only") == 0
     assert "data:image/png;base64" in (folder / "report.html").read_text()
     old = json.loads((finished_run / "results.json").read_text())["numbers"]
@@ -439,10 +440,52 @@ def test_crops_made_on_the_device_are_others_or_are_lost_by_a_resume(
 ) -> None:
     on_device = "data.augment_on=device"
     assert lean_run(tmp_path / "whole", EVERY_10, on_device) == 0
-    # The same crops up to rounding: the first loss is the same, later ones drift apart as the weights do.
+    # The same crops up to rounding, which solarisation enlarges where a value is at its threshold; later losses drift
+    # apart as the weights do.
     first, first_on_cpu = lines(tmp_path / "whole")[0], lines(whole_run)[0]
-    assert first["total_loss"] == pytest.approx(first_on_cpu["total_loss"], rel=1e-3)
+    assert first["total_loss"] == pytest.approx(first_on_cpu["total_loss"], rel=1e-2)
     assert lean_run(tmp_path / "parts", EVERY_10, on_device) == 0
     shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step_00000020")
     assert lean_run(tmp_path / "parts", EVERY_10, on_device) == 0
     assert fingerprint(tmp_path / "parts", 20) == fingerprint(tmp_path / "whole", 20)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_loses_steps_or_makes_another_run(
+    name: str, tmp_path: Path, whole_run: Path, lean_run: Run, fingerprint: Hash, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = signal.Signals[name]
+
+    def signalled_step(state: train_state.TrainState, *arguments: Any) -> dict[str, float]:
+        if state.step == 7:
+            os.kill(os.getpid(), number)  # in the middle of a step
+        return train_step(state, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(guard, "train_step", signalled_step)
+        assert lean_run(tmp_path, EVERY_10) == (130 if name == "SIGINT" else 75)
+    assert CheckpointStore(tmp_path / "checkpoints", read_only=True).steps() == [8]
+    assert lean_run(tmp_path, EVERY_10) == 0
+    assert_same_run(tmp_path, whole_run, fingerprint)
+
+
+def test_a_run_that_went_back_and_was_killed_ends_elsewhere(
+    tmp_path: Path, lean_run: Run, fingerprint: Hash, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill_at: list[int] = []
+
+    def failing_step(state: train_state.TrainState, *arguments: Any) -> dict[str, float]:
+        if state.step in kill_at:
+            raise KeyboardInterrupt
+        if state.step in (12, 13, 14):  # the third leads back to step 10
+            raise NonFiniteLossError(f"step {state.step}")
+        return train_step(state, *arguments)
+
+    monkeypatch.setattr(guard, "train_step", failing_step)
+    assert lean_run(tmp_path / "whole", EVERY_10) == 0
+    kill_at.append(16)
+    assert lean_run(tmp_path / "parts", EVERY_10) == 130
+    kill_at.clear()
+    assert lean_run(tmp_path / "parts", EVERY_10) == 0
+    assert fingerprint(tmp_path / "parts", 20) == fingerprint(tmp_path / "whole", 20)
+    assert read_metrics(tmp_path / "whole" / "training_metrics.json")[-1]["skipped_steps"] == 3

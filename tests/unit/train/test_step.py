@@ -286,7 +286,6 @@ def test_broken_loss_is_named_and_changes_nothing(
     assert "total_loss = " in message
     for other in LOSSES - {term, "dino_global_crops_loss"}:
         assert f"{other} = " not in message
-    assert "Nothing was updated" in message
 
 
 def test_broken_reconstruction_is_named_and_changes_nothing(
@@ -320,7 +319,7 @@ def test_broken_gradient_of_a_finite_loss_is_named_and_changes_nothing(
     parameter = next(dict(state.model.trainable_modules())[part].parameters())
     parameter.register_hook(lambda gradient: torch.full_like(gradient, value))
     message = broken_step(state, make_batch(cfg), step_values, cfg, snapshot, assert_same_bits)
-    assert f"step 2, rank 0: grad_norm/{part} = {value}. " in message  # it alone
+    assert f"step 2, rank 0: grad_norm/{part} = {value}" in message  # it alone
 
 
 @pytest.mark.parametrize("clip_grad", [0, 3])

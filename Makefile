@@ -31,6 +31,7 @@ help:
 	@echo "               ARGS=\"key=value\"  other settings, for example ARGS=\"optim.epochs=2 train.seed=1\""
 	@echo "make test      all checks: style, types, imports, tests on the CPU"
 	@echo "make test-slow the slow tests;  make test-gpu  the tests that need a CUDA device"
+	@echo "make test-slurm the tests that need a running SLURM"
 	@echo "make bench     speed and memory against plain references; the numbers go to runs/bench"
 	@echo "make lint      style and imports only;  make types  types only"
 	@echo "make format    rewrite the code in the project's style"
@@ -112,6 +113,10 @@ test-slow: $(DEV_STAMP)
 .PHONY: test-gpu
 test-gpu: $(DEV_STAMP)
 	@$(PYTEST) -m gpu
+
+.PHONY: test-slurm
+test-slurm: $(DEV_STAMP)
+	@$(PYTEST) -m slurm
 
 .PHONY: bench
 bench: $(RUN_STAMP)

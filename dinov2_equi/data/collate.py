@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from dinov2_equi.data.augmentations import Choices, Crops
 from dinov2_equi.data.batch import Batch
 from dinov2_equi.data.device_augmentation import plan_crops
-from dinov2_equi.data.masking import MaskingGenerator, draw_masks
+from dinov2_equi.data.masking import MaskingGenerator, draw_mask_sizes
 from dinov2_equi.data.samplers import RandomStream, random_generator
 from dinov2_equi.data.source_batch import SourceBatch
 
@@ -36,22 +38,35 @@ class SourceSample:
 
 @dataclass(frozen=True)
 class MaskRecipe:
-    """How the masks of a batch are drawn; they depend on (seed, position of the batch's first image) alone."""
+    """How the masks of a step are drawn: functions of the seed and of the images that all ranks take in it."""
 
     generator: MaskingGenerator
     """Makes the masks; its grid must be that of the global crops."""
     probability: float
-    """Share of the global crops that get a mask."""
+    """Share of the global crops of a step that get a mask."""
     ratio_min_max: tuple[float, float]
     """Least and greatest share of masked patches in such a crop."""
     seed: int
     """Seed of the run."""
+    step_size: int
+    """Images of all ranks in a step."""
 
-    def draw(self, num_crops: int, first_position: int) -> dict[str, Tensor]:
-        """Return `masks`, `mask_indices` and `mask_weights` of `Batch`."""
-        rng = random_generator(RandomStream.MASKS, self.seed, first_position)
-        masks = torch.from_numpy(draw_masks(self.generator, num_crops, self.probability, self.ratio_min_max, rng))
+    def draw(self, positions: Sequence[int], num_crops: int) -> dict[str, Tensor]:
+        """Return `masks`, `mask_indices` and `mask_weights` of `Batch` for `num_crops` global crops of each image."""
+        first = positions[0] // self.step_size * self.step_size  # of the step
+        rng = random_generator(RandomStream.MASKS, self.seed, first)
+        num_patches = self.generator.num_patches
+        sizes = draw_mask_sizes(num_crops * self.step_size, num_patches, self.probability, self.ratio_min_max, rng)
+        masks = torch.zeros(num_crops, len(positions), num_patches, dtype=torch.bool)  # [G, B, N]
+        for crop in range(num_crops):
+            for image, position in enumerate(positions):
+                if size := int(sizes[crop * self.step_size + position - first]):
+                    masks[crop, image] = torch.from_numpy(self._shape(size, position * num_crops + crop)).flatten()
+        masks = masks.flatten(0, 1)  # [G*B, N]
         return {"masks": masks, "mask_indices": masks.flatten().nonzero().flatten(), "mask_weights": _weights(masks)}
+
+    def _shape(self, size: int, crop_number: int) -> npt.NDArray[np.bool_]:
+        return self.generator(size, random_generator(RandomStream.MASK_SHAPES, self.seed, crop_number))
 
 
 def collate(samples: Sequence[Sample], masks: MaskRecipe) -> Batch:
@@ -61,7 +76,7 @@ def collate(samples: Sequence[Sample], masks: MaskRecipe) -> Batch:
         global_crops=global_crops,
         local_crops=_stack_crop_major([sample.crops.local_crops for sample in samples]),
         positions=_positions(samples),
-        **masks.draw(len(global_crops), samples[0].position),
+        **masks.draw([sample.position for sample in samples], len(global_crops) // len(samples)),
     )
 
 
@@ -75,7 +90,7 @@ def collate_sources(
         global_plan=global_plan,
         local_plan=plan_crops([sample.choices.local_crops for sample in samples], local_size),
         positions=_positions(samples),
-        **masks.draw(len(global_plan.boxes), samples[0].position),
+        **masks.draw([sample.position for sample in samples], len(samples[0].choices.global_crops)),
     )
 
 

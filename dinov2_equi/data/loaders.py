@@ -108,7 +108,7 @@ def make_train_loader(
         pin_memory: Copy batches to page-locked memory (for a CUDA device).
         crop_later: Yield the images with what is to be cropped from them: `on_device` makes the crops.
     """
-    masks = MaskRecipe(mask_generator, mask_probability, mask_ratio_min_max, seed)
+    masks = MaskRecipe(mask_generator, mask_probability, mask_ratio_min_max, seed, world_size * batch_size)
     kind, collate_fn = _kind_of_samples(augmentation, masks, crop_later=crop_later)
     return DataLoader(
         kind(dataset, augmentation, seed),

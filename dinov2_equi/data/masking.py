@@ -88,22 +88,17 @@ class MaskingGenerator:
         return 0
 
 
-def draw_masks(
-    generator: MaskingGenerator,
-    num_crops: int,
-    probability: float,
-    ratio_min_max: tuple[float, float],
-    rng: np.random.Generator,
-) -> npt.NDArray[np.bool_]:
-    """Return masks for a batch of crops, bool [num_crops, N].
+def draw_mask_sizes(
+    num_crops: int, num_patches: int, probability: float, ratio_min_max: tuple[float, float], rng: np.random.Generator
+) -> npt.NDArray[np.int64]:
+    """Return how many patches to mask in each of a batch of crops, int64 [num_crops]; 0: the crop gets no mask.
 
     `int(num_crops * probability)` crops get a mask. The range of ratios is cut into as many even bins; the i-th mask
-    draws its ratio uniformly from the i-th bin, so that the total hardly varies. The masks are then shuffled over the
-    crops.
+    draws its ratio uniformly from the i-th bin, so that the total hardly varies. They are then shuffled over the crops.
 
     Args:
-        generator: Makes one mask.
         num_crops: Number of crops, G * B.
+        num_patches: Patches of a crop, N.
         probability: Share of the crops that get a mask, in [0, 1].
         ratio_min_max: Least and greatest share of masked patches in a crop that gets a mask.
         rng: The only source of randomness; advanced.
@@ -112,8 +107,6 @@ def draw_masks(
     """
     num_masked_crops = int(num_crops * probability)
     bounds = np.linspace(*ratio_min_max, num_masked_crops + 1)
-    masks = np.zeros((num_crops, *generator.grid), dtype=np.bool_)
-    for crop in range(num_masked_crops):
-        ratio = rng.uniform(bounds[crop], bounds[crop + 1])
-        masks[crop] = generator(int(generator.num_patches * ratio), rng)
-    return rng.permutation(masks).reshape(num_crops, generator.num_patches)  # [G*B, h, w] -> [G*B, N]
+    ratios = np.zeros(num_crops)
+    ratios[:num_masked_crops] = rng.uniform(bounds[:-1], bounds[1:])
+    return (rng.permutation(ratios) * num_patches).astype(np.int64)

@@ -24,10 +24,15 @@ class RandomStream(enum.IntEnum):
     ORDER = 0
     AUGMENTATION = 1
     MASKS = 2
+    """How many patches of each crop of a step are masked."""
     PATCHES = 3
     """Which patches the equivariance branch reconstructs."""
     THETA = 4
     """The transforms of the second views."""
+    MASK_SHAPES = 5
+    """Which patches of a crop are masked, once it is known how many."""
+    RANK = 6
+    """What a process draws beside the data: stochastic depth."""
 
 
 def random_generator(stream: RandomStream, seed: int, number: int) -> np.random.Generator:

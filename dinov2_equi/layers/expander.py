@@ -6,6 +6,8 @@ from itertools import pairwise
 
 from torch import nn
 
+from dinov2_equi.layers.batch_norm import BatchNorm1d
+
 
 class Expander(nn.Sequential):
     """Linear layers with batch norm and ReLU between them, [B, in_dim] to [B, dim], B >= 2; the last is linear alone.
@@ -32,6 +34,6 @@ class Expander(nn.Sequential):
         for width_in, width_out in hidden:
             # The batch norm takes the mean away, and any bias with it.
             layers += [nn.Linear(width_in, width_out, bias=False)]
-            layers += [nn.BatchNorm1d(width_out, track_running_stats=False), nn.ReLU()]
+            layers += [BatchNorm1d(width_out), nn.ReLU()]
         layers.append(nn.Linear(*last, bias=False))
         super().__init__(*layers)

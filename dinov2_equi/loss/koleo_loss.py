@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dinov2_equi.distributed.collectives import gather_rows
+
 EPS = 1e-8
 MAX_GRADIENT = 1e6
 """A pair whose gradient would be larger has no meaningful direction: its distance is rounding."""
@@ -20,7 +22,7 @@ class KoLeoLoss(nn.Module):
     """
 
     def forward(self, student_output: Tensor) -> Tensor:
-        """Return the loss of the features of this rank.
+        """Return the loss of the features of all ranks, whose neighbours may be on any of them.
 
         The plain form, on L2-normalised rows::
 
@@ -29,15 +31,17 @@ class KoLeoLoss(nn.Module):
         Computed in float32 whatever the dtype and autocast. Duplicates and zero vectors count with their (finite) value
         but give no gradient: theirs would be around 1e8 in a meaningless direction.
 
+        DINOv2 looks for neighbours on the same GPU alone; so the loss there depends on how many images one has.
+
         Args:
-            student_output: features [B, D], not normalised.
+            student_output: features [B, D] of this rank, not normalised; every rank must have as many.
 
         Returns:
             A float32 scalar; 0 for fewer than two images, which have no neighbour.
         """
         max_gradient = MAX_GRADIENT_FLOAT16 if student_output.dtype == torch.float16 else MAX_GRADIENT
         with torch.autocast(device_type=student_output.device.type, enabled=False):
-            raw = student_output.float()  # [B, D]
+            raw = gather_rows(student_output.float())  # [B, D], B of all ranks from here on
             if raw.shape[0] < 2:
                 return raw.sum() * 0.0
             features = functional.normalize(raw, dim=-1, eps=EPS)

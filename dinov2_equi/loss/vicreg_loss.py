@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dinov2_equi.distributed.collectives import gather_rows
+
 TARGET_STD = 1.0
 """Standard deviation below which a channel is pushed apart."""
 
@@ -37,7 +39,7 @@ class VICRegLoss(nn.Module):
     """
 
     def forward(self, z_1: Tensor, z_2: Tensor) -> VICRegTerms:
-        """Return the terms of the embeddings of this rank.
+        """Return the terms of the embeddings of all ranks.
 
         The plain form, for each view z [B, D] with columns centred::
 
@@ -48,7 +50,7 @@ class VICRegLoss(nn.Module):
         Computed in float32 whatever the dtype and autocast.
 
         Args:
-            z_1: embeddings of view 1, [B, D].
+            z_1: embeddings of view 1 on this rank, [B, D]; every rank must have as many.
             z_2: the same of view 2.
 
         Returns:
@@ -60,7 +62,7 @@ class VICRegLoss(nn.Module):
         if z_1.shape != z_2.shape:
             raise ValueError(f"expected embeddings of one shape, got {list(z_1.shape)} and {list(z_2.shape)}")
         with torch.autocast(device_type=z_1.device.type, enabled=False):
-            views = torch.stack([z_1.float(), z_2.float()])  # [2, B, D]
+            views = torch.stack([gather_rows(z_1.float()), gather_rows(z_2.float())])  # [2, B, D], B of all ranks
             invariance = functional.mse_loss(views[0], views[1])
             _, B, D = views.shape
             if B < 2:

@@ -2,6 +2,14 @@
 
     python dinov2_equi/run/train.py --config-file configs/quickstart.yaml --output-dir runs/quickstart [key=value ...]
 
+On several GPUs of a machine, or several processes of a CPU:
+
+    torchrun --nproc-per-node 8 dinov2_equi/run/train.py --config-file ... --output-dir ...
+
+As a SLURM job, which is queued again when its time ends and goes on:
+
+    python dinov2_equi/run/train.py --launcher slurm --nodes 4 --gpus-per-node 8 --partition P --time 3-00:00:00 ...
+
 Several configuration files, `--config-file A.yaml B.yaml`, are read in this order; the last to name a key decides.
 Running the same command again goes on where the last run stopped. SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C let it finish
 its step and save; a second one ends it at once. Exit codes: 0 done, 1 stopped by a numerical fault, 2 something in the
@@ -19,17 +27,20 @@ if __package__ in (None, ""):  # started as a file: Python put this folder on th
 
 import argparse
 import logging
-import os
 import signal
 from collections.abc import Sequence
 
 import torch
 
 from dinov2_equi.config.derive import Derived, derive
-from dinov2_equi.distributed.env import get_rank, get_world_size
+from dinov2_equi.config.schema import Config
+from dinov2_equi.distributed.collectives import wait_for_all_ranks
+from dinov2_equi.distributed.env import get_rank, get_world_size, is_main_process
+from dinov2_equi.distributed.setup import process_group, read_launch
 from dinov2_equi.fsdp.manifest import CheckpointError
 from dinov2_equi.layers.backend import describe_backend
 from dinov2_equi.logging.setup import setup_logging
+from dinov2_equi.run import launch
 from dinov2_equi.run.allocator import keep_freed_memory
 from dinov2_equi.run.evaluation_hook import evaluation_hook
 from dinov2_equi.run.finish import finish_run
@@ -68,6 +79,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-resume", action="store_true", help="set an earlier run in the folder aside, start anew")
     parser.add_argument("--eval-only", action="store_true", help="do not train: report on the newest checkpoint")
+    launch.add_arguments(parser)
     return parser
 
 
@@ -104,17 +116,43 @@ def _fail(reason: object, code: int) -> int:
 def _run(args: argparse.Namespace) -> None:
     further_files, overrides = split_words(args.words)
     cfg = load_run_config([*([Path(args.config_file)] if args.config_file else []), *further_files], overrides)
-    _check_one_process()
+    if launch.is_for_slurm(args):
+        _submit(args, cfg)
+        return
+    process = read_launch()
+    device = select_device(cfg, process.local_rank)
+    with process_group(process, device.type):
+        _train_as_one_of_many(args, cfg, device)
+
+
+def _submit(args: argparse.Namespace, cfg: Config) -> None:
+    allocation = launch.allocation_of(args)
+    output_dir = _output_dir(args, cfg)
+    check_run_folder(output_dir, must_exist=args.eval_only)
+    check_weight_files(cfg)
+    build_datasets(cfg)  # a wrong path fails here and not in the queue
+    if args.no_resume:  # now, and not at every start of the job
+        set_aside(output_dir)
+    flags = ["--eval-only"] if args.eval_only else []
+    job = launch.submit(cfg, output_dir, allocation, flags=flags)
+    print(f"job {job} was submitted; its log: {output_dir / launch.FOLDER / f'{job}_0_log.out'}")
+
+
+def _output_dir(args: argparse.Namespace, cfg: Config) -> Path:
+    return Path(args.output_dir or cfg.train.output_dir).expanduser().resolve()
+
+
+def _train_as_one_of_many(args: argparse.Namespace, cfg: Config, device: torch.device) -> None:
     derived = derive(cfg, world_size=get_world_size())
-    device = select_device(cfg)
-    output_dir = Path(args.output_dir or cfg.train.output_dir).expanduser().resolve()
+    output_dir = _output_dir(args, cfg)
     check_run_folder(output_dir, must_exist=args.eval_only)
     if args.no_resume or not holds_run(output_dir):  # a run that goes on no longer needs what it started from
         check_weight_files(cfg)
     dataset, holdout = build_datasets(cfg)  # a wrong path fails here, before any model is built
     check_colors(cfg, dataset)
-    if args.no_resume:
+    if args.no_resume and is_main_process():
         set_aside(output_dir)
+    wait_for_all_ranks()
     setup_logging(output_dir, get_rank())
     if cfg.train.num_threads:
         torch.set_num_threads(cfg.train.num_threads)
@@ -133,21 +171,9 @@ def _run(args: argparse.Namespace) -> None:
             on_picture=on_picture,
             on_evaluation=evaluation_hook(cfg, dataset, holdout, device=device, output_dir=output_dir),
         )
-    finish_run(cfg, state, dataset=dataset, holdout=holdout, device=device, output_dir=output_dir)
-
-
-def _check_one_process() -> None:
-    """Refuse a launch of several processes: each would train the whole run into the same folder.
-
-    Raises:
-        ValueError: naming the variable of the launcher.
-    """
-    for variable in ("WORLD_SIZE", "SLURM_NTASKS"):
-        if int(os.environ.get(variable, "1")) > 1:
-            raise ValueError(
-                f"{variable}={os.environ[variable]}: this version trains in one process on one device. "
-                "Start one process, without torchrun or with --ntasks=1"
-            )
+    if is_main_process():
+        finish_run(cfg, state, dataset=dataset, holdout=holdout, device=device, output_dir=output_dir)
+    wait_for_all_ranks()
 
 
 def _log_start(derived: Derived, device: torch.device, output_dir: Path) -> None:
@@ -155,7 +181,11 @@ def _log_start(derived: Derived, device: torch.device, output_dir: Path) -> None
     logger.info("device %s, torch %s, %d CPU threads", device, torch.__version__, torch.get_num_threads())
     logger.info(describe_backend(device))
     logger.info(
-        "%d steps of %d images, peak learning rate %.3g", derived.total_steps, derived.effective_batch_size, derived.lr
+        "%d steps of %d images on %d processes, peak learning rate %.3g",
+        derived.total_steps,
+        derived.effective_batch_size,
+        get_world_size(),
+        derived.lr,
     )
 
 

@@ -35,17 +35,28 @@ _LOOKED_AT = 16
 """Images that are looked at before a family of colours is believed to have any."""
 
 
-def select_device(cfg: Config) -> torch.device:
+def select_device(cfg: Config, local_rank: int = 0) -> torch.device:
     """Return the device of `train.device`; `auto` takes a CUDA device where there is one.
 
+    Args:
+        cfg: the configuration.
+        local_rank: number of this process on its machine: of its CUDA device.
+
     Raises:
-        ValueError: if CUDA is asked for and absent.
+        ValueError: if CUDA is asked for and absent, or has fewer devices than processes.
     """
-    if cfg.train.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if cfg.train.device == "cuda" and not torch.cuda.is_available():
+    kind = cfg.train.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("train.device=cuda, but this machine has no usable CUDA device; use train.device=auto")
-    return torch.device(cfg.train.device)
+    if kind == "cuda" and local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {local_rank} of this machine has no CUDA device of its own, there are "
+            f"{torch.cuda.device_count()}: start as many processes, torchrun --nproc-per-node "
+            f"{torch.cuda.device_count()}"
+        )
+    return torch.device("cuda", local_rank) if kind == "cuda" and local_rank else torch.device(kind)
 
 
 def build_datasets(cfg: Config) -> tuple[ImageDataset, ImageDataset | None]:

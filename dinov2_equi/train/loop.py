@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import resource
 import time
@@ -18,6 +19,8 @@ from dinov2_equi.data.batch import Batch
 from dinov2_equi.data.datasets.base import ImageDataset
 from dinov2_equi.data.loaders import on_device
 from dinov2_equi.data.source_batch import SourceBatch
+from dinov2_equi.distributed.collectives import largest_of_ranks, wait_for_all_ranks
+from dinov2_equi.distributed.env import get_world_size, is_main_process
 from dinov2_equi.fsdp.checkpoint import CheckpointStore
 from dinov2_equi.logging.metrics import MetricWriter
 from dinov2_equi.logging.progress import training_progress
@@ -26,7 +29,7 @@ from dinov2_equi.train.export import export_teacher
 from dinov2_equi.train.guard import GuardedSteps
 from dinov2_equi.train.schedules import StepValues
 from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
-from dinov2_equi.train.state import ResumeError, TrainState, check_same_run
+from dinov2_equi.train.state import ResumeError, TrainState, check_same_run, seed_rank
 from dinov2_equi.train.stopping import RunStopped, StopRequest
 
 logger = logging.getLogger(__name__)
@@ -67,14 +70,17 @@ def train(
         RunStopped: on a signal, once the step is finished and saved.
     """
     store = CheckpointStore(output_dir / CHECKPOINTS, keep=cfg.train.checkpoint_keep)
+    wait_for_all_ranks()  # the main process clears what a crash left behind
     state = _start_or_resume(cfg, derived, store, device)
-    (output_dir / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
+    if is_main_process():
+        (output_dir / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
     if state.step >= derived.total_steps:
         logger.info("the run is complete: %d of %d steps", state.step, derived.total_steps)
     else:
         hooks = ((cfg.logging.pictures_every_steps, on_picture), (cfg.evaluation.eval_period_iterations, on_evaluation))
         _run_steps(state, cfg, derived, store, dataset=dataset, output_dir=output_dir, hooks=hooks)
-    export_teacher(state.model, output_dir)  # also after a stop between the last checkpoint and this line
+    if is_main_process():
+        export_teacher(state.model, output_dir)  # also after a stop between the last checkpoint and this line
     state.model.eval()
     return state
 
@@ -98,6 +104,8 @@ def _start_or_resume(cfg: Config, derived: Derived, store: CheckpointStore, devi
     state = build.build_state(cfg, derived, device)
     if store.latest_step() is None:
         build.load_initial_weights(state.model, cfg)
+        if get_world_size() > 1:
+            seed_rank(cfg.train.seed, 0)
         return state
     checkpoint = store.load()
     check_same_run(checkpoint, cfg)
@@ -121,30 +129,34 @@ def _run_steps(
     loader = build.build_loader(cfg, derived, dataset, start_step=state.step, pin_memory=device.type == "cuda")
     schedules = build.build_schedules(cfg, derived)
     steps = GuardedSteps(state, cfg, store=store, device=device, output_dir=output_dir)
-    with (
-        MetricWriter(output_dir, tensorboard=cfg.logging.tensorboard, start_step=state.step) as writer,
-        training_progress(derived.total_steps, state.step, images_per_step=derived.effective_batch_size) as progress,
-        StopRequest().listening() as stop,
-    ):
+    with contextlib.ExitStack() as stack:
+        writer = progress = None
+        if is_main_process():
+            kept = MetricWriter(output_dir, tensorboard=cfg.logging.tensorboard, start_step=state.step)
+            writer = stack.enter_context(kept)
+            shown = training_progress(derived.total_steps, state.step, images_per_step=derived.effective_batch_size)
+            progress = stack.enter_context(shown)
+        stop = stack.enter_context(StopRequest().listening())
         state.model.train()
         for batch, clock in _timed(loader):
             values = schedules.at(state.step)
             scalars = steps.run(on_device(batch, device), values)
-            facts = _step_facts(values, clock.stop(batch.batch_size), device)
+            facts = _step_facts(values, clock.stop(derived.effective_batch_size), device)
             state.seconds += facts["time/step"]
-            if scalars is not None:
+            if scalars is not None and writer is not None and progress is not None:
                 scalars |= facts | {"time/total": state.seconds}
                 progress.update(state.step, scalars)
                 if _is_logged(cfg, state.step, derived.total_steps):
                     writer.write(state.step - 1, scalars)
             _periodic(state, cfg, derived, store, output_dir, is_sound=steps.is_sound)
             for period, hook in hooks:
-                if hook is not None and _due(state.step, period):
+                if hook is not None and writer is not None and _due(state.step, period):
                     hook(state.model, state.step, writer)
                     state.model.train()
-            if stop.signal and state.step < derived.total_steps:
+            number = largest_of_ranks(stop.signal, device)
+            if number and state.step < derived.total_steps:
                 state.save(store, cfg)
-                raise RunStopped(stop.signal, state.step)
+                raise RunStopped(number, state.step)
 
 
 def _is_logged(cfg: Config, step: int, total_steps: int) -> bool:
@@ -162,7 +174,7 @@ def _periodic(
     due = is_sound and _due(state.step, derived.checkpoint_every_steps)
     if due or state.step == derived.total_steps:
         state.save(store, cfg)
-    if _due(state.step, cfg.evaluation.eval_period_iterations):
+    if is_main_process() and _due(state.step, cfg.evaluation.eval_period_iterations):
         export_teacher(state.model, exported_teacher(output_dir, state.step))
 
 

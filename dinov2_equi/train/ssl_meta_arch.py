@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from dinov2_equi.config.schema import Config
 from dinov2_equi.data.batch import Batch
 from dinov2_equi.data.transforms import normalize
+from dinov2_equi.distributed.collectives import all_reduce_sum_
+from dinov2_equi.distributed.env import is_distributed
 from dinov2_equi.equi.branch import EquivarianceBranch
 from dinov2_equi.equi.metrics import feature_metrics, gradient_ratio
 from dinov2_equi.equi.reconstruction import Reconstruction
@@ -347,5 +349,8 @@ class SSLMetaArch(nn.Module):
 
 
 def _mean_logits(logits: Tensor) -> Tensor:
-    """Return the float32 mean [1, K] of logits [R, K]; [0, K] for R = 0, which moves no centre."""
-    return logits.float().mean(dim=0, keepdim=True) if len(logits) else logits.float()
+    """Return the float32 mean [1, K] of the logits [R, K] of all ranks; [0, K] without any, which moves no centre."""
+    if not is_distributed():
+        return logits.float().mean(dim=0, keepdim=True) if len(logits) else logits.float()
+    total = all_reduce_sum_(torch.cat([logits.float().sum(dim=0), logits.new_tensor([len(logits)]).float()]))  # [K + 1]
+    return total[None, :-1] / total[-1] if total[-1] > 0 else total[None, :-1][:0]

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from dinov2_equi.config.schema import Config
+from dinov2_equi.data.samplers import RandomStream, random_generator
+from dinov2_equi.distributed.collectives import gather_bytes, wait_for_all_ranks
+from dinov2_equi.distributed.env import get_rank, get_world_size, is_main_process
 from dinov2_equi.fsdp.checkpoint import Checkpoint, CheckpointStore, flatten_optimizer, restore_optimizer_
 from dinov2_equi.models.weights import load_exact
 from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
@@ -18,7 +21,8 @@ from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
 logger = logging.getLogger(__name__)
 
 IDENTITY_SECTIONS = ("student", "dino", "ibot", "vicreg", "equi", "crops", "data")
-IDENTITY_KEYS = ("train.dataset_path", "train.seed", "train.batch_size_per_gpu", "train.centering")
+IDENTITY_KEYS = ("train.dataset_path", "train.seed", "train.centering")
+BATCH_SIZE, WORLD_SIZE = "train.batch_size_per_gpu", "world_size"
 """Settings that make a run the run it is: a resume under other values would be neither the old run nor a new one."""
 SCHEDULE_KEYS = ("optim.", "teacher.", "train.OFFICIAL_EPOCH_LENGTH", "compute_precision.autocast")
 """Settings that may be changed on purpose, for instance for a longer run, but never unnoticed."""
@@ -46,12 +50,21 @@ class TrainState:
     seconds: float = 0.0
     skipped: int = 0
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.dino_loss.center.device
+
     def save(self, store: CheckpointStore, cfg: Config) -> None:
-        """Write a checkpoint of this state; the sample position follows from the step."""
-        optimizer_tensors, optimizer_state = flatten_optimizer(self.optimizer)
-        tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors, "rng": random_state()}
-        facts = {"config": flat_config(cfg), "seconds": self.seconds, "skipped": self.skipped}
-        store.save(self.step, tensors, {"optimizer": optimizer_state} | facts)
+        """Write a checkpoint of this state; the sample position follows from the step. Every rank must call it."""
+        rng = _random_states_of_all_ranks(self.device)
+        if is_main_process():
+            optimizer_tensors, optimizer_state = flatten_optimizer(self.optimizer)
+            tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors, "rng": rng}
+            facts = {"config": flat_config(cfg), "seconds": self.seconds, "skipped": self.skipped}
+            facts[WORLD_SIZE] = get_world_size()
+            store.save(self.step, tensors, {"optimizer": optimizer_state} | facts)
+        wait_for_all_ranks()  # the others may be about to read it
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take over weights, optimiser, random state and step of a checkpoint.
@@ -61,7 +74,7 @@ class TrainState:
         """
         load_exact(self.model, checkpoint.tensors["model"])
         restore_optimizer_(self.optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
-        set_random_state(checkpoint.tensors["rng"])
+        _restore_random_state(checkpoint, self.model.cfg.train.seed)
         self.step = checkpoint.step
         self.seconds = float(checkpoint.state["seconds"])
         self.skipped = int(checkpoint.state.get("skipped", 0))  # younger than the first checkpoints
@@ -70,8 +83,9 @@ class TrainState:
 def check_same_run(checkpoint: Checkpoint, cfg: Config) -> None:
     """Compare the settings of a checkpoint with those of the run about to continue it.
 
-    Settings that do not change what is learned (workers, logging, evaluation) may differ; a changed schedule is
-    warned about, since it can be meant (a longer run).
+    Settings that do not change what is learned (workers, logging, evaluation) may differ, and so may the number of
+    processes as long as a step takes as many images; a changed schedule is warned about, since it can be meant (a
+    longer run).
 
     Raises:
         ResumeError: if a setting differs that would make it another run; names each with both values.
@@ -80,8 +94,11 @@ def check_same_run(checkpoint: Checkpoint, cfg: Config) -> None:
     before = flat_config(Config()) | checkpoint.state["config"]  # a key younger than the checkpoint had its default
     changed = [key for key in now if before[key] != now[key]]
     identity = [key for key in changed if key.split(".")[0] in IDENTITY_SECTIONS or key in IDENTITY_KEYS]
-    if identity:
-        listing = "; ".join(f"{key}: was {before[key]!r}, now {now[key]!r}" for key in identity)
+    listing = "; ".join(f"{key}: was {before[key]!r}, now {now[key]!r}" for key in identity)
+    images = (before[BATCH_SIZE] * checkpoint.state.get(WORLD_SIZE, 1), now[BATCH_SIZE] * get_world_size())
+    if images[0] != images[1]:
+        listing += f"{'; ' if listing else ''}{BATCH_SIZE} x processes: was {images[0]}, now {images[1]}"
+    if listing:
         raise ResumeError(
             f"the output folder holds step {checkpoint.step} of a run with other settings ({listing}). "
             "Choose another output folder, or add --no-resume to set the old run aside and start anew"
@@ -117,3 +134,30 @@ def set_random_state(state: dict[str, Tensor]) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def seed_rank(seed: int, step: int) -> None:
+    """Give this process random numbers of its own from here on: two ranks must not drop the same residual branches."""
+    numbers = random_generator(RandomStream.RANK, seed, step * get_world_size() + get_rank())
+    torch.manual_seed(int(numbers.integers(2**63)))
+
+
+def _random_states_of_all_ranks(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of `random_state`, those of rank r > 0 by names that end in `.r`."""
+    states = {}
+    for name, state in random_state().items():
+        for rank, value in enumerate(gather_bytes(state, device)):
+            states[name if rank == 0 else f"{name}.{rank}"] = value
+    return states
+
+
+def _restore_random_state(checkpoint: Checkpoint, seed: int) -> None:
+    """Put back the random state of this rank; new numbers, a function of the step, for another number of ranks."""
+    if checkpoint.state.get(WORLD_SIZE, 1) != get_world_size():
+        seed_rank(seed, checkpoint.step)
+        return
+    rank = get_rank()
+    states = checkpoint.tensors["rng"]
+    set_random_state(
+        {name: states[name if rank == 0 else f"{name}.{rank}"] for name in ("cpu", "cuda") if name in states}
+    )

@@ -8,6 +8,7 @@ import torch
 
 from dinov2_equi.config.schema import Config
 from dinov2_equi.data.batch import Batch
+from dinov2_equi.distributed.collectives import all_reduce_mean, average_gradients_
 from dinov2_equi.distributed.env import get_rank
 from dinov2_equi.train.param_groups import apply_schedule_
 from dinov2_equi.train.schedules import StepValues
@@ -33,7 +34,7 @@ def train_step(
         device: where to compute.
 
     Returns:
-        Losses, branch metrics and gradient norms (before clipping) by name.
+        Losses, branch metrics and gradient norms (before clipping) by name, means over all ranks.
 
     Raises:
         NonFiniteLossError: before anything but gradients changed; names step, rank and term.
@@ -45,9 +46,13 @@ def train_step(
         teacher_temp=values.teacher_temp,
         diagnose=every > 0 and (state.step == 0 or (state.step + 1) % every == 0),
     )
+    average_gradients_(p for _, module in state.model.trainable_modules() for p in module.parameters())
     norms = _clip_gradients(state, cfg.optim.clip_grad)
     named = output.losses | output.metrics | norms
-    scalars = dict(zip(named, torch.stack([v.float() for v in named.values()]).tolist(), strict=True))  # one transfer
+    mine = torch.stack([v.float() for v in named.values()])
+    # Means over the ranks: the same on all of them, so that all take the same decision; NaN on one is NaN on all.
+    values_of_all = all_reduce_mean(mine)
+    scalars = dict(zip(named, values_of_all.tolist(), strict=True))  # one transfer
     _check_finite(scalars, state.step)
     apply_schedule_(state.optimizer, values)
     state.optimizer.step()

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dinov2_equi.layers.batch_norm import BatchNorm2d
+
 _MIN_WIDTH = 8
 
 
@@ -47,7 +49,7 @@ class UpconvDecoder(nn.Module):
         layers: list[nn.Module] = []
         for width_in, width_out in pairwise([*widths, 3]):
             layers.append(nn.ConvTranspose2d(width_in, width_out, kernel_size=4, stride=2, padding=1, bias=False))
-            layers += [nn.BatchNorm2d(width_out, track_running_stats=False), nn.ReLU()]
+            layers += [BatchNorm2d(width_out), nn.ReLU()]
         layers[-1] = nn.Sigmoid()
         self.layers = nn.Sequential(*layers)
 

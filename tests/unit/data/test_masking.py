@@ -5,7 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dinov2_equi.data.masking import MaskingGenerator, draw_masks
+from dinov2_equi.data.masking import MaskingGenerator, draw_mask_sizes
+
+
+def draw_masks(
+    generator: MaskingGenerator,
+    num_crops: int,
+    probability: float,
+    ratio: tuple[float, float],
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Return masks of a batch of crops, bool [num_crops, N]."""
+    sizes = draw_mask_sizes(num_crops, generator.num_patches, probability, ratio, rng)
+    return np.stack([generator(int(size), rng).flatten() for size in sizes])
 
 
 @pytest.mark.parametrize("grid", [(16, 16), (6, 11), (14, 7), (8, 8), (4, 4)])

@@ -15,6 +15,7 @@ from dinov2_equi.config.keys import leaf_types
 from dinov2_equi.config.schema import Config
 from dinov2_equi.data.batch import Batch
 from dinov2_equi.fsdp.checkpoint import Checkpoint, CheckpointStore
+from dinov2_equi.train import state as state_module
 from dinov2_equi.train.schedules import StepValues
 from dinov2_equi.train.state import ResumeError, TrainState, check_same_run, flat_config
 from dinov2_equi.train.step import train_step
@@ -211,7 +212,6 @@ def test_same_settings_pass_without_a_word(make_config: MakeConfig, caplog: pyte
         ("data.holdout_fraction", "0.25", "0.5"),
         ("train.dataset_path", "synthetic:length=64:size=96x128", "synthetic:length=65:size=96x128"),
         ("train.seed", "0", "1"),
-        ("train.batch_size_per_gpu", "4", "2"),
         ("train.centering", "centering", "sinkhorn_knopp"),
     ],
 )
@@ -223,6 +223,16 @@ def test_changed_identity_is_refused_with_both_values(key: str, before: str, now
     assert f"({key}: was {before}, now {now})" in message.replace("'", "")
     assert "step 7" in message
     assert "--no-resume" in message
+
+
+def test_a_run_goes_on_with_fewer_images_in_a_step(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = checkpoint_of(make_config())  # 4 images on one process
+    with pytest.raises(ResumeError, match="batch_size_per_gpu x processes: was 4, now 2"):
+        check_same_run(begun, make_config("train.batch_size_per_gpu=2"))
+    monkeypatch.setattr(state_module, "get_world_size", lambda: 2)
+    check_same_run(begun, make_config("train.batch_size_per_gpu=2"))
+    with pytest.raises(ResumeError, match="batch_size_per_gpu x processes: was 4, now 8"):
+        check_same_run(begun, make_config())
 
 
 def test_all_changes_are_listed_at_once(make_config: MakeConfig) -> None:

@@ -1,0 +1,167 @@
+"""The same run on one, two and four processes: the same images, losses and weights; a resume on another number."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dinov2_equi.fsdp.checkpoint import CheckpointStore
+from dinov2_equi.logging.metrics import read_metrics
+
+Run = Callable[..., int]
+
+pytestmark = [
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo"),
+    pytest.mark.skipif(sys.platform == "win32", reason="needs fork"),
+]
+EVERYTHING = (
+    "ibot.separate_head=true",
+    "dino.koleo_loss_weight=0",
+    "vicreg.loss_weight=1",
+    "vicreg.expander_dim=32",
+    "equi.decoder.type=upconv",
+    "equi.source_2=teacher",
+)
+"""All that looks at more than one image: centres, variances and covariances, batch norm, Sinkhorn. Not KoLeo: which
+neighbour is the nearest hangs on the last digit where features are as alike as those of noise after two steps."""
+NO_DROP = "student.drop_path_rate=0"
+"""Every process drops residual branches of its own."""
+EVERY_10 = "train.checkpoint_every_steps=10"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start_rank(rank: int, world_size: int, port: int, run: Callable[[], int]) -> int:
+    """Run in a forked process as a launcher would have started it; return its number."""
+    child = os.fork()
+    if child:
+        return child
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(address, WORLD_SIZE=str(world_size), RANK=str(rank), LOCAL_RANK=str(rank))
+    try:
+        os._exit(run())
+    finally:
+        os._exit(99)  # an exception; a test process must not go on here
+
+
+def run_on(world_size: int, lean_run: Run, folder: Path, *words: str) -> list[int]:
+    """Train on so many processes with 8 images a step; return the exit codes."""
+    batch = f"train.batch_size_per_gpu={8 // world_size}"
+    if world_size == 1:
+        return [lean_run(folder, batch, *words)]
+    port = free_port()
+    children = [
+        start_rank(rank, world_size, port, lambda: lean_run(folder, batch, *words)) for rank in range(world_size)
+    ]
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def weights(folder: Path, step: int | None = None) -> dict[str, Tensor]:
+    return CheckpointStore(folder / "checkpoints", read_only=True).load(step).tensors["model"]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Losses within 1e-6 of their size at first and 1e-4 after 20 steps, weights within 1e-5: sums in another order.
+
+    AdamW divides gradients by their size: before a batch norm they are rounding, and so is what it makes of them.
+    """
+    for left, right in zip(
+        read_metrics(one / "training_metrics.json"), read_metrics(other / "training_metrics.json"), strict=True
+    ):
+        for name in (name for name in left if name.endswith("_loss")):
+            tolerance = 1e-6 if left["iteration"] < 3 else 1e-4
+            assert right[name] == pytest.approx(left[name], rel=tolerance, abs=tolerance), (name, left["iteration"])
+    for name, tensor in weights(one).items():
+        is_before_batch_norm = name.startswith(("equi.", "expander."))
+        difference = float((weights(other)[name] - tensor).abs().max())
+        assert difference < (1e-4 if is_before_batch_norm else 1e-5), name
+
+
+def with_centering(name: str) -> tuple[str, ...]:
+    return (NO_DROP, *EVERYTHING, f"train.centering={name}", EVERY_10)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory, lean_run: Run) -> Callable[[str], Path]:
+    """Return a function from the kind of centring to the folder of the run on one process."""
+
+    @functools.cache
+    def folder_of(centering: str) -> Path:
+        folder = tmp_path_factory.mktemp(centering)
+        assert run_on(1, lean_run, folder, *with_centering(centering)) == [0]
+        return folder
+
+    return folder_of
+
+
+@pytest.mark.parametrize(("world_size", "centering"), [(2, "centering"), (2, "sinkhorn_knopp"), (4, "sinkhorn_knopp")])
+def test_the_number_of_processes_changes_the_run(
+    world_size: int, centering: str, single: Callable[[str], Path], tmp_path: Path, lean_run: Run
+) -> None:
+    assert run_on(world_size, lean_run, tmp_path, *with_centering(centering)) == [0] * world_size
+    assert_same_run(single(centering), tmp_path)
+    assert (tmp_path / "teacher_checkpoint.pth").is_file()
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (4, 2)])
+def test_a_resume_on_another_number_of_processes_is_another_run(
+    before: int, after: int, single: Callable[[str], Path], tmp_path: Path, lean_run: Run
+) -> None:
+    words = with_centering("centering")
+    if before == 1:
+        shutil.copytree(single("centering"), tmp_path, dirs_exist_ok=True)
+    else:
+        assert run_on(before, lean_run, tmp_path, *words) == [0] * before
+    (tmp_path / "checkpoints" / "step_00000020").rename(tmp_path / "later")
+    assert run_on(after, lean_run, tmp_path, *words) == [0] * after
+    assert_same_run(single("centering"), tmp_path)
+
+
+def test_a_resume_with_other_step_sizes_is_accepted(
+    tmp_path: Path, lean_run: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_on(2, lean_run, tmp_path, "optim.epochs=1", "optim.warmup_epochs=0") == [0, 0]
+    assert lean_run(tmp_path, "train.batch_size_per_gpu=4") == 2
+    assert "was 8, now 4" in capfd.readouterr().err
+
+
+def test_processes_drop_the_same_branches_or_a_resume_draws_others(tmp_path: Path, lean_run: Run) -> None:
+    words = (EVERY_10, "student.drop_path_rate=0.4")
+    for name in ("whole", "parts"):
+        assert run_on(2, lean_run, tmp_path / name, *words) == [0, 0]
+    states = CheckpointStore(tmp_path / "whole" / "checkpoints", read_only=True).load(10).tensors["rng"]
+    assert not torch.equal(states["cpu"], states["cpu.1"])
+    (tmp_path / "parts" / "checkpoints" / "step_00000020").rename(tmp_path / "later")
+    assert run_on(2, lean_run, tmp_path / "parts", *words) == [0, 0]
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(weights(tmp_path / "parts")[name], tensor), name
+
+
+def test_a_signal_to_one_process_stops_the_others_elsewhere(tmp_path: Path, lean_run: Run) -> None:
+    port = free_port()
+    words = ("optim.epochs=2000", "train.batch_size_per_gpu=4", "train.checkpoint_every_steps=100000")
+    children = [start_rank(rank, 2, port, lambda: lean_run(tmp_path, *words)) for rank in range(2)]
+    log = tmp_path / "training_metrics.json"
+    deadline = time.monotonic() + 60
+    while not (log.is_file() and len(log.read_text().splitlines()) > 3):
+        assert time.monotonic() < deadline, "no step within a minute"
+        time.sleep(0.05)
+    os.kill(children[1], signal.SIGTERM)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [75, 75]
+    assert CheckpointStore(tmp_path / "checkpoints", read_only=True).latest_step() is not None

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +29,7 @@ from dinov2_equi.data.datasets.video_clips import VideoClip, choose_clips, davis
 from dinov2_equi.evaluation.dense_features import DENSE_FEATURES, check_features
 from dinov2_equi.evaluation.eval_model import EvalModel
 from dinov2_equi.evaluation.label_propagation import PROTOCOLS, PropagationSettings
-from dinov2_equi.evaluation.results import write_results
+from dinov2_equi.evaluation.results import folder_name, write_results
 from dinov2_equi.evaluation.video_segmentation import (
     METRICS,
     ClipRecord,
@@ -116,11 +115,6 @@ def video_settings(args: argparse.Namespace) -> VideoSettings:
     return settings
 
 
-def folder_name(model: EvalModel) -> str:
-    """Return the name of a backbone as that of a folder."""
-    return re.sub(r"[^\w.()-]+", "_", model.name).strip("_") or "backbone"
-
-
 def as_numbers(metric: str, records: list[ClipRecord]) -> Numbers:
     """Return the numbers of one backbone: all clips together, each clip, and the same of the first mask copied."""
     numbers: Numbers = summarise(metric, [record.propagated for record in records])
@@ -151,7 +145,7 @@ def measure_model(
             model.to(args.device),
             clip,
             settings,
-            args.output / folder_name(model),
+            args.output / folder_name(model.name),
             identity=identity,
             device=args.device,
             on_frame=on_frame,
@@ -166,8 +160,7 @@ def run(args: argparse.Namespace) -> dict[str, Numbers]:
     """Return the numbers of every backbone, after writing them to `args.output`."""
     settings = video_settings(args)
     clips = find_clips(args)
-    sides = settings.size if isinstance(settings.size, int) else min(settings.size)
-    models = load_eval_models(args.weights, size=sides)
+    models = load_eval_models(args.weights)
     for model in models:
         check_features(model, settings.features)
     setup_logging(args.output)

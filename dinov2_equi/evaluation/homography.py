@@ -204,7 +204,7 @@ def fit_homography(
     """
     settings.check()
     key = training_key(model, train, settings)
-    net = HomographyNet(model, settings)
+    net = HomographyNet(model, settings).to(device)
     optimizer = torch.optim.AdamW(_parameter_groups(net, settings), betas=(0.9, 0.999))
     store = CheckpointStore(folder, keep=2)
     step, losses = _resume(net, optimizer, store, key)

@@ -151,7 +151,7 @@ def _nearest(
     top, bottom = span
     queries = target[:, top:bottom].flatten(1).T  # [q, D]
     low, high = max(top - settings.radius, 0), min(bottom + settings.radius, h)
-    is_far = _farther_than(settings.radius, (top, bottom), (low, high), w).to(target.device)  # [q, (high - low) * w]
+    is_far = _farther_than(settings.radius, (top, bottom), (low, high), w, target.device)  # [q, (high - low) * w]
     all_scores, all_index = [], []
     for number, frame in enumerate(context):
         is_limited = frame.is_limited and settings.radius > 0
@@ -167,10 +167,14 @@ def _nearest(
     return best, index.gather(1, place)
 
 
-def _farther_than(radius: int, rows: tuple[int, int], source_rows: tuple[int, int], w: int) -> Tensor:
+def _farther_than(
+    radius: int, rows: tuple[int, int], source_rows: tuple[int, int], w: int, device: torch.device
+) -> Tensor:
     """Return [q, s] bool: which patches of `source_rows` are more than `radius` away, along an axis, from `rows`."""
-    far_rows = (torch.arange(*rows)[:, None] - torch.arange(*source_rows)).abs() > radius  # [r, t]
-    far_columns = (torch.arange(w)[:, None] - torch.arange(w)).abs() > radius  # [w, w]
+    targets, sources = (torch.arange(*span, device=device) for span in (rows, source_rows))
+    columns = torch.arange(w, device=device)
+    far_rows = (targets[:, None] - sources).abs() > radius  # [r, t]
+    far_columns = (columns[:, None] - columns).abs() > radius  # [w, w]
     far = far_rows[:, None, :, None] | far_columns[None, :, None, :]  # [r, w, t, w]
     return far.flatten(2).flatten(0, 1)
 

@@ -58,11 +58,16 @@ def _homography(numbers: Mapping[str, Any]) -> dict[str, float]:
     return {"corner error": float(numbers["mean_corner_error"]) / float(numbers["identity_corner_error"])}
 
 
+def _dense_equivariance(numbers: Mapping[str, Any]) -> dict[str, float]:
+    return {f"dense {family}": float(found["moved_centred"]) for family, found in numbers.items()}
+
+
 _HEADLINES: dict[str, Callable[[Mapping[str, Any]], dict[str, float]]] = {
     "classification": _classification,
     "equivariance": _equivariance,
     "video": _video,
     "homography": _homography,
+    "dense_equivariance": _dense_equivariance,
 }
 
 

@@ -107,3 +107,44 @@ def test_a_fault_of_the_input_is_not_said_plainly_or_leaves_files(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def dense(load_script: Callable[[Path], ModuleType]) -> ModuleType:
+    return load_script(SCRIPT.with_name("dense_equivariance.py"))
+
+
+def test_dense_features_are_not_measured_by_family(
+    tmp_path: Path, dense: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = ["--weights", "random:vit_test_tiny/8", "pixels", "--size", "32", "--device", "cpu"]
+    data = ["--data", str(folder / "train"), "--families", "rotation", "blur", "--batch-size", "2"]
+    assert dense.main([*weights, *data, "--output", str(tmp_path / "out")]) == 0
+    document = results(tmp_path / "out")
+    assert document["task"] == "dense_equivariance"
+    assert set(document["numbers"]) == {"random:vit_test_tiny/8", "pixels"}
+    for numbers in document["numbers"].values():
+        assert set(numbers) == {"rotation", "blur"}
+        assert numbers["blur"]["moved"] == numbers["blur"]["unmoved"]  # blur moves nothing
+        assert -1 <= numbers["rotation"]["moved_centred"] <= 1
+    assert (tmp_path / "out" / "pixels" / "features.png").read_bytes().startswith(b"\x89PNG")
+    assert "left in place" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("faulty", "message"),
+    [(("--size", "20"), "try 16 or 24"), (("--images", "1"), "at least two images"), (("--data", "a/b"), "a/b")],
+)
+def test_a_fault_of_the_dense_measurement_is_not_said_plainly(
+    tmp_path: Path,
+    dense: ModuleType,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    faulty: tuple[str, ...],
+    message: str,
+) -> None:
+    arguments = ["--weights", "random:vit_test_tiny/8", "--data", str(folder / "train"), "--device", "cpu", *faulty]
+    assert dense.main([*arguments, "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
+    assert not (tmp_path / "out").exists()

@@ -78,6 +78,11 @@ def write_text_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def folder_name(name: str) -> str:
+    """Return a name, such as `hub:dinov2_vits14` or `random:vit_small/14`, as that of one folder."""
+    return re.sub(r"[^\w.()-]+", "_", name).strip("._") or "unnamed"
+
+
 def _plain(value: Any, where: str) -> Any:
     """Return `value` in JSON's own types; `where` names it in an error."""
     if isinstance(value, Mapping):

@@ -49,9 +49,25 @@ def _equivariance(numbers: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
+def _video(numbers: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(numbers[name]) for name in ("J&F", "J", "F", "mIoU") if numbers.get(name) is not None}
+
+
+def _homography(numbers: Mapping[str, Any]) -> dict[str, float]:
+    # As a share of standing still it fits a table of fractions; 0 is perfect.
+    return {"corner error": float(numbers["mean_corner_error"]) / float(numbers["identity_corner_error"])}
+
+
+def _dense_equivariance(numbers: Mapping[str, Any]) -> dict[str, float]:
+    return {f"dense {family}": float(found["moved_centred"]) for family, found in numbers.items()}
+
+
 _HEADLINES: dict[str, Callable[[Mapping[str, Any]], dict[str, float]]] = {
     "classification": _classification,
     "equivariance": _equivariance,
+    "video": _video,
+    "homography": _homography,
+    "dense_equivariance": _dense_equivariance,
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dinov2_equi.evaluation import results
-from dinov2_equi.evaluation.results import write_results, write_text_atomically
+from dinov2_equi.evaluation.results import folder_name, write_results, write_text_atomically
 
 
 def test_every_field_of_the_schema_is_written(tmp_path: Path) -> None:
@@ -91,3 +91,9 @@ def test_inside_a_checkout_the_commit_and_its_changes_are_told(monkeypatch: pyte
 def test_without_git_nothing_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert results._git_state() == (None, None)
+
+
+def test_the_name_of_a_backbone_is_more_than_one_folder() -> None:
+    assert folder_name("random:vit_small/14") == "random_vit_small_14"
+    assert folder_name("../runs/mine (2)") == "runs_mine_(2)"
+    assert folder_name("..") == "unnamed"

@@ -1,0 +1,353 @@
+"""Regression of a homography from the patch features of two patches: a head of three convolutions.
+
+Source: Wang et al. (AAAI-26), Table 6, which names a 3-layer convolutional head and the mean corner error on S-COCO, no
+more; the rest is ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from dinov2_equi.data.datasets.base import ImageDataset
+from dinov2_equi.evaluation.dense_features import at_image_size, check_features, feature_map, resample, whole_patches
+from dinov2_equi.evaluation.eval_model import EvalModel
+from dinov2_equi.evaluation.homography_pairs import (
+    TEST_STREAM,
+    TRAIN_STREAM,
+    HomographyPairs,
+    Pair,
+    PairSettings,
+    corner_errors,
+)
+from dinov2_equi.evaluation.stored_features import dataset_digest, weights_digest
+from dinov2_equi.fsdp.checkpoint import CheckpointStore, flatten_optimizer, restore_optimizer_
+
+NUM_CORNERS = 4
+
+
+@dataclass(frozen=True)
+class HomographySettings:
+    """The task and the recipe of the head.
+
+    Attributes:
+        pairs: how pairs are made.
+        input_size: side to which the patches are resized for the backbone, pixels, rounded to whole patches; None: that
+            of the pairs. Errors are in pixels of the pairs all the same.
+        features: one of `dense_features.DENSE_FEATURES`.
+        width: channels between the convolutions.
+        steps: of training.
+        batch_size: pairs in a step.
+        lr: learning rate of the head; rises over a twentieth of the steps, then falls along a cosine to 0.
+        backbone_lr: of the backbone; 0: frozen.
+        weight_decay: of matrices.
+        test_pairs: pairs that are measured, always the same for the same images.
+        seed: of weights and training pairs.
+    """
+
+    pairs: PairSettings = field(default_factory=PairSettings)
+    input_size: int | None = None
+    features: str = "patches"
+    width: int = 256
+    steps: int = 5000
+    batch_size: int = 64
+    lr: float = 1e-3
+    backbone_lr: float = 0.0
+    weight_decay: float = 0.01
+    test_pairs: int = 2000
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuse settings out of range.
+
+        Raises:
+            ValueError: names them.
+        """
+        self.pairs.check()
+        counts = {name: getattr(self, name) for name in ("steps", "batch_size", "test_pairs", "width")}
+        wrong = [f"{name} = {value}" for name, value in counts.items() if value < 1]
+        if wrong or self.lr <= 0 or self.backbone_lr < 0 or (self.input_size or 1) < 1:
+            raise ValueError(
+                "expected counts and sizes of at least 1, lr > 0 and backbone_lr >= 0, got "
+                + ", ".join([*wrong, f"lr = {self.lr}", f"backbone_lr = {self.backbone_lr}"])
+            )
+
+
+@dataclass(frozen=True)
+class HomographyResult:
+    """What was reached."""
+
+    corner_errors: Tensor
+    """[n] mean corner error of each test pair, pixels."""
+
+    predicted: Tensor
+    """[n, 4, 2] shifts of the corners that were found, pixels."""
+
+    shifts: Tensor
+    """[n, 4, 2] true shifts."""
+
+    losses: list[float]
+    """Training loss, mean of each hundredth of the steps."""
+
+    @property
+    def mean_corner_error(self) -> float:
+        """Mean over pairs and corners, pixels."""
+        return float(self.corner_errors.mean())
+
+    @property
+    def identity_error(self) -> float:
+        """The same of always answering that nothing moved, pixels."""
+        return float(corner_errors(torch.zeros_like(self.shifts), self.shifts).mean())
+
+
+class HomographyHead(nn.Module):
+    """Three convolutions on the feature maps of both patches: 3 x 3 with stride 2, twice, then one over what is left.
+
+    The last sees every place with weights of its own, so that it can tell the corners apart.
+    """
+
+    def __init__(self, dim: int, grid: tuple[int, int], width: int, max_shift: float) -> None:
+        """Build the head for maps [B, dim, *grid]; shifts are answered in units of `max_shift` pixels."""
+        super().__init__()
+        self.max_shift = max_shift
+        left = tuple(math.ceil(math.ceil(side / 2) / 2) for side in grid)
+        groups = math.gcd(8, width)
+        self.layers = nn.Sequential(
+            nn.Conv2d(2 * dim, width, 3, stride=2, padding=1),
+            nn.GroupNorm(groups, width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, stride=2, padding=1),
+            nn.GroupNorm(groups, width),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * NUM_CORNERS, left),  # type: ignore[arg-type]
+        )
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return shifts [B, 4, 2] in pixels from feature maps [B, D, h, w]."""
+        out: Tensor = self.layers(torch.cat([first, second], dim=1))  # [B, 8, 1, 1]
+        return out.reshape(-1, NUM_CORNERS, 2) * self.max_shift
+
+
+class HomographyNet(nn.Module):
+    """A backbone with the head on it; the backbone stays in evaluation mode, without stochastic depth."""
+
+    def __init__(self, model: EvalModel, settings: HomographySettings) -> None:
+        """Put a new head on a backbone; the weights of the head are drawn from `settings.seed`."""
+        super().__init__()
+        check_features(model, settings.features)
+        side = settings.input_size or settings.pairs.patch
+        self.size = whole_patches((side, side), model.patch_size)
+        self.model = at_image_size(model, self.size)
+        self.backbone = self.model.backbone
+        self.settings = settings
+        self.is_frozen = settings.backbone_lr == 0
+        device = next((p.device for p in model.backbone.parameters()), torch.device("cpu"))
+        with torch.no_grad():
+            dim, *grid = self._maps(torch.zeros(1, 3, *self.size, device=device)).shape[1:]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.head = HomographyHead(dim, (grid[0], grid[1]), settings.width, settings.pairs.max_shift).to(device)
+
+    def _maps(self, images: Tensor) -> Tensor:
+        self.backbone.eval()
+        return feature_map(self.model, images, features=self.settings.features)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return the shifts [B, 4, 2] in pixels between patches [B, 3, P, P] in [0, 1]."""
+        images = resample(torch.cat([first, second]), self.size)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
+            maps = self._maps(images)  # [2 * B, D, h, w]
+        shifts: Tensor = self.head(*maps.chunk(2))
+        return shifts
+
+
+def fit_homography(
+    model: EvalModel,
+    train: ImageDataset,
+    test: ImageDataset,
+    settings: HomographySettings,
+    folder: Path,
+    *,
+    device: torch.device | str = "cpu",
+    num_workers: int = 0,
+    save_every: int = 500,
+    on_step: Callable[[int, float | None], None] | None = None,
+) -> HomographyResult:
+    """Train a head, going on from the last checkpoint in `folder`, and measure it on pairs of other images.
+
+    A training that was stopped and goes on gives the same numbers as one that was not, on the same device.
+
+    Args:
+        model: its weights live on `device`; trained on where `settings.backbone_lr` is not 0.
+        train, test: disjoint images.
+        settings: the task and the recipe.
+        folder: of the checkpoints; only of trainings with the same settings, images and weights.
+        device: where to compute.
+        num_workers: processes that make pairs.
+        save_every: steps between checkpoints.
+        on_step: called with the number of steps done and the loss.
+
+    Raises:
+        ValueError: settings out of range, a checkpoint of another training, or a loss that is not finite.
+        CheckpointError: no checkpoint is undamaged, or one could not be written.
+    """
+    settings.check()
+    key = training_key(model, train, settings)
+    net = HomographyNet(model, settings).to(device)
+    optimizer = torch.optim.AdamW(_parameter_groups(net, settings), betas=(0.9, 0.999))
+    store = CheckpointStore(folder, keep=2)
+    step, losses = _resume(net, optimizer, store, key)
+    if on_step is not None and step:
+        on_step(step, None)
+    pairs = HomographyPairs(
+        train,
+        settings.pairs,
+        length=settings.steps * settings.batch_size,
+        stream=TRAIN_STREAM,
+        seed=settings.seed,
+        first=step * settings.batch_size,
+    )
+    for batch in DataLoader(pairs, settings.batch_size, num_workers=num_workers) if len(pairs) else ():
+        losses.append(_step(net, optimizer, Pair(*batch), settings, step=step, device=device))
+        step += 1
+        if step % save_every == 0 or step == settings.steps:
+            _save(net, optimizer, store, step, {"key": key, "losses": losses})
+        if on_step is not None:
+            on_step(step, losses[-1])
+    return measure_homography(net, test, losses, device=device, num_workers=num_workers)
+
+
+def training_key(model: EvalModel, train: ImageDataset, settings: HomographySettings) -> str:
+    """Return a SHA-256 of what a training depends on: weights, images, settings."""
+    facts = {
+        "weights": weights_digest(model.backbone),
+        "normalisation": [model.mean, model.std],
+        "images": dataset_digest(train),
+        "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "test_pairs"},
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _parameter_groups(net: HomographyNet, settings: HomographySettings) -> list[dict[str, Any]]:
+    parts: list[tuple[str, nn.Module, float]] = [("head", net.head, settings.lr)]
+    if not net.is_frozen:
+        parts.append(("backbone", net.backbone, settings.backbone_lr))
+    groups = []
+    for part, module, lr in parts:
+        named = [(f"{part}.{name}", p) for name, p in module.named_parameters() if "mask_token" not in name]
+        for decays in (True, False):
+            chosen = [(name, p) for name, p in named if (p.dim() > 1) == decays]
+            groups.append(
+                {
+                    "params": [p for _, p in chosen],
+                    "names": [name for name, _ in chosen],
+                    "lr": lr,
+                    "base_lr": lr,
+                    "weight_decay": settings.weight_decay if decays else 0.0,
+                }
+            )
+    return groups
+
+
+def _step(
+    net: HomographyNet,
+    optimizer: torch.optim.Optimizer,
+    batch: Pair,
+    settings: HomographySettings,
+    *,
+    step: int,
+    device: torch.device | str,
+) -> float:
+    """Do one step and return its loss, the mean squared error of the shifts in units of the largest."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * _schedule(step, settings.steps)
+    shifts = batch.shifts.to(device)
+    loss = F.mse_loss(net(batch.first.to(device), batch.second.to(device)), shifts) / settings.pairs.max_shift**2
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise ValueError(f"the loss of step {step} is {value}: lower the learning rate, or look at the images")
+    optimizer.zero_grad(set_to_none=True)
+    torch.autograd.backward(loss)
+    optimizer.step()
+    return value
+
+
+def _schedule(step: int, steps: int) -> float:
+    warmup = max(steps // 20, 1)
+    if step < warmup:
+        return (step + 1) / warmup
+    return (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
+
+
+def _save(
+    net: HomographyNet, optimizer: torch.optim.Optimizer, store: CheckpointStore, step: int, state: dict[str, Any]
+) -> None:
+    moments, described = flatten_optimizer(optimizer)
+    tensors = {"head": net.head.state_dict(), "optimizer": moments}
+    if not net.is_frozen:
+        tensors["backbone"] = net.backbone.state_dict()
+    store.save(step, tensors, state | {"optimizer": described})
+
+
+def _resume(
+    net: HomographyNet, optimizer: torch.optim.Optimizer, store: CheckpointStore, key: str
+) -> tuple[int, list[float]]:
+    """Load the newest checkpoint; return how many steps are done, and their losses."""
+    if store.latest_step() is None:
+        return 0, []
+    checkpoint = store.load()
+    if checkpoint.state["key"] != key:
+        raise ValueError(
+            f"the checkpoints in {store.directory} are of other weights, images or settings; go on with those, or "
+            "choose another output folder"
+        )
+    net.head.load_state_dict(checkpoint.tensors["head"])
+    if not net.is_frozen:
+        net.backbone.load_state_dict(checkpoint.tensors["backbone"])
+    restore_optimizer_(optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
+    return checkpoint.step, list(checkpoint.state["losses"])
+
+
+@torch.no_grad()
+def measure_homography(
+    net: HomographyNet,
+    test: ImageDataset,
+    losses: list[float],
+    *,
+    device: torch.device | str = "cpu",
+    num_workers: int = 0,
+) -> HomographyResult:
+    """Return what a head reaches on the test pairs, which depend on the images and the number of pairs alone."""
+    settings = net.settings
+    predicted, shifts = [], []
+    for first, second, truth, _ in DataLoader(
+        pairs_to_measure(test, settings), settings.batch_size, num_workers=num_workers
+    ):
+        predicted.append(net(first.to(device), second.to(device)).cpu())
+        shifts.append(truth)
+    found, true = torch.cat(predicted), torch.cat(shifts)
+    return HomographyResult(corner_errors(found, true), found, true, list(_means(losses, 100)))
+
+
+def pairs_to_measure(images: ImageDataset, settings: HomographySettings) -> HomographyPairs:
+    """Return the pairs that are measured: the same for every backbone and seed."""
+    return HomographyPairs(images, settings.pairs, length=settings.test_pairs, stream=TEST_STREAM)
+
+
+def _means(values: list[float], parts: int) -> Iterator[float]:
+    """Yield the mean of each of so many equal parts, or the values where they are fewer."""
+    parts = min(parts, len(values))
+    for part in range(parts):
+        piece = values[part * len(values) // parts : (part + 1) * len(values) // parts]
+        yield math.fsum(piece) / len(piece)

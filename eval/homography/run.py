@@ -1,0 +1,212 @@
+"""How well can a homography be read from the patch features of two patches? S-COCO, from any folder of images.
+
+    python eval/homography/run.py --weights runs/mine random:runs/mine --train COCO/train2017 --test COCO/val2017
+    python eval/homography/run.py --weights hub:dinov2_vits14 --data FOLDER --steps 20000 --backbone-lr 1e-5
+
+Pairs of patches that differ by four moved corners are made on the fly; a head of three convolutions on the features of
+both answers with the shifts of the corners. Measured is the mean corner error in pixels, beside that of answering that
+nothing moved. FOLDER holds train/ and val/. Writes `results.json`, for each backbone a picture and checkpoints, from
+which the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # started as a file: a clean clone needs the repository root on the path
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+from rich.table import Table
+
+from dinov2_equi.data.datasets.base import ImageDataset
+from dinov2_equi.data.datasets.make import make_train_and_val
+from dinov2_equi.evaluation.dense_features import DENSE_FEATURES, check_features
+from dinov2_equi.evaluation.eval_model import EvalModel
+from dinov2_equi.evaluation.figures import figure_png
+from dinov2_equi.evaluation.homography import (
+    HomographyResult,
+    HomographySettings,
+    fit_homography,
+    pairs_to_measure,
+)
+from dinov2_equi.evaluation.homography_figure import homography_figure
+from dinov2_equi.evaluation.homography_pairs import PairSettings
+from dinov2_equi.evaluation.results import folder_name, write_results
+from dinov2_equi.fsdp.manifest import CheckpointError
+from dinov2_equi.logging.console import get_console
+from dinov2_equi.logging.progress import training_progress
+from dinov2_equi.logging.setup import setup_logging
+from dinov2_equi.run.allocator import keep_freed_memory
+from dinov2_equi.run.load import FORMS, load_eval_models
+
+RESULTS_FILE, FIGURE_FILE = "results.json", "pairs.png"
+IDENTITY = "nothing moved"
+_SHOWN_PAIRS = 5
+
+Numbers = dict[str, Any]
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the parsed command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--weights", nargs="+", required=True, metavar="WEIGHTS", help=f"one or several of: {FORMS}")
+    pairs, own = PairSettings(), HomographySettings()
+    data = parser.add_argument_group("pairs").add_argument
+    data("--data", metavar="FOLDER", help="with train/ and val/, images in each")
+    data("--train", metavar="DATA", help="images to learn from, instead of --data")
+    data("--test", metavar="DATA", help="images that are measured on, others than --train")
+    height, width = pairs.image_size
+    data("--image-size", type=int, nargs=2, default=[height, width], help=f"(default: {height} {width})")
+    data("--patch", type=int, default=pairs.patch, help=f"side of the patches, pixels (default: {pairs.patch})")
+    shift = f"of a corner along each axis, pixels (default: {pairs.max_shift})"
+    data("--max-shift", type=int, default=pairs.max_shift, help=shift)
+    data("--test-pairs", type=int, default=own.test_pairs, help=f"default: {own.test_pairs}")
+    head = parser.add_argument_group("training").add_argument
+    head("--input-size", type=int, help="patches as the backbone sees them, pixels (default: --patch)")
+    head("--features", choices=DENSE_FEATURES, default=own.features, help="default: patches; parts of runs alone")
+    head("--steps", type=int, default=own.steps, help=f"default: {own.steps}")
+    head("--batch-size", type=int, default=own.batch_size, help=f"pairs in a step (default: {own.batch_size})")
+    head("--width", type=int, default=own.width, help=f"channels of the head (default: {own.width})")
+    head("--lr", type=float, default=own.lr, help=f"of the head (default: {own.lr})")
+    head("--backbone-lr", type=float, default=own.backbone_lr, help="of the backbone; 0: frozen (default)")
+    head("--seed", type=int, default=own.seed)
+    add("--save-every", type=int, default=500, metavar="STEPS", help="between checkpoints (default: 500)")
+    add("--num-workers", type=int, default=0, help="processes that make pairs")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--output", type=Path, default=Path("homography"), metavar="DIR", help="default: homography")
+    return parser.parse_args(argv)
+
+
+def homography_settings(args: argparse.Namespace) -> HomographySettings:
+    """Return the settings.
+
+    Raises:
+        ValueError: for settings out of range.
+    """
+    settings = HomographySettings(
+        pairs=PairSettings((args.image_size[0], args.image_size[1]), args.patch, args.max_shift),
+        input_size=args.input_size,
+        features=args.features,
+        width=args.width,
+        steps=args.steps,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        backbone_lr=args.backbone_lr,
+        test_pairs=args.test_pairs,
+        seed=args.seed,
+    )
+    settings.check()
+    if args.save_every < 1:
+        raise ValueError(f"--save-every takes at least 1 step, got {args.save_every}")
+    return settings
+
+
+def as_numbers(result: HomographyResult) -> Numbers:
+    """Return the numbers of one backbone, errors in pixels."""
+    errors = result.corner_errors
+    return {
+        "mean_corner_error": result.mean_corner_error,
+        "median_corner_error": float(errors.median()),
+        "identity_corner_error": result.identity_error,
+        "num_test_pairs": len(errors),
+        "train_loss": result.losses,
+    }
+
+
+def write_figure(path: Path, test: ImageDataset, settings: HomographySettings, result: HomographyResult) -> None:
+    """Write the picture of pairs from the best to the worst answered one."""
+    order = result.corner_errors.argsort().tolist()
+    count = min(_SHOWN_PAIRS, len(order))
+    chosen = [order[round(index * (len(order) - 1) / max(count - 1, 1))] for index in range(count)]
+    pairs = pairs_to_measure(test, settings)
+    figure = homography_figure([pairs[number] for number in chosen], result.predicted[chosen])
+    path.write_bytes(figure_png(figure))
+
+
+def measure(
+    args: argparse.Namespace,
+    model: EvalModel,
+    data: tuple[ImageDataset, ImageDataset],
+    settings: HomographySettings,
+    on_step: Callable[[int, float | None], None],
+) -> Numbers:
+    """Return the numbers of one backbone, after writing its picture."""
+    folder = args.output / folder_name(model.name)
+    result = fit_homography(
+        model.to(args.device),
+        *data,
+        settings,
+        folder / "checkpoints",
+        device=args.device,
+        num_workers=args.num_workers,
+        save_every=args.save_every,
+        on_step=on_step,
+    )
+    model.to("cpu")
+    write_figure(folder / FIGURE_FILE, data[1], settings, result)
+    return as_numbers(result)
+
+
+def run(args: argparse.Namespace) -> dict[str, Numbers]:
+    """Return the numbers of every backbone, after writing them to `args.output`."""
+    settings = homography_settings(args)
+    data = make_train_and_val(args.data, args.train, args.test)
+    models = load_eval_models(args.weights)
+    for model in models:
+        check_features(model, settings.features)
+    setup_logging(args.output)
+    numbers: dict[str, Numbers] = {}
+    with training_progress(len(models) * settings.steps, images_per_step=settings.batch_size) as progress:
+        for position, model in enumerate(models):
+
+            def advance(step: int, loss: float | None, before: int = position * settings.steps) -> None:
+                progress.update(before + step, None if loss is None else {"loss": loss})
+
+            numbers[model.name] = measure(args, model, data, settings, advance)
+            described = {key: value for key, value in vars(args).items() if key not in ("output", "seed")}
+            write_results(
+                args.output / RESULTS_FILE,
+                numbers,
+                task="homography",
+                seed=args.seed,
+                settings=described | {"settings": dataclasses.asdict(settings)},
+            )
+    return numbers
+
+
+def table_of(numbers: dict[str, Numbers]) -> Table:
+    """Return the corner errors, one line a backbone; the last is that of answering that nothing moved."""
+    table = Table("", "mean corner error", "median")
+    for name, found in numbers.items():
+        table.add_row(name, f"{found['mean_corner_error']:.2f}", f"{found['median_corner_error']:.2f}")
+    table.add_row(IDENTITY, f"{next(iter(numbers.values()))['identity_corner_error']:.2f}", "")
+    return table
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the harness; a fault of the input ends in one line on stderr and exit status 2."""
+    args = parse_arguments(argv)
+    keep_freed_memory()
+    try:
+        numbers = run(args)
+    except torch.OutOfMemoryError as error:
+        print(f"error: {error}; take a smaller --batch-size or --input-size", file=sys.stderr)
+        return 2
+    except (ValueError, OSError, ImportError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    get_console().print(table_of(numbers))
+    print(f"Pixels of a patch of {args.patch}. Pictures: {args.output}/*/{FIGURE_FILE}")
+    print(f"written: {args.output / RESULTS_FILE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

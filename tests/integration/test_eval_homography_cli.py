@@ -1,0 +1,150 @@
+"""`eval/homography/run.py` as a user types it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = REPOSITORY / "eval" / "homography" / "run.py"
+TINY = ("--weights", "random:vit_test_tiny/8", "--device", "cpu", "--steps", "4", "--batch-size", "4", "--width", "8")
+SMALL = ("--image-size", "48", "64", "--patch", "24", "--max-shift", "6", "--test-pairs", "6")
+
+
+@pytest.fixture(scope="module")
+def script(load_script: Callable[[Path], ModuleType]) -> ModuleType:
+    return load_script(SCRIPT)
+
+
+@pytest.fixture(autouse=True)
+def restored_logging() -> Iterator[None]:
+    """Put back what the command sets for its whole process."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    logging.captureWarnings(False)
+    root.setLevel(level)
+    for handler in [handler for handler in root.handlers if handler not in handlers]:
+        root.removeHandler(handler)
+        handler.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return train/ and val/ of images of several shapes, one of them grey."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for part in ("train", "val"):
+        (root / part).mkdir()
+        for number, shape in enumerate(((30, 50, 3), (60, 40, 3), (48, 64))):
+            Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(root / part / f"{number}.png")
+    return root
+
+
+def results(place: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((place / "results.json").read_text())
+    return document
+
+
+def test_homographies_are_not_measured_or_learnt_twice(
+    tmp_path: Path, script: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    arguments = [*TINY, *SMALL, "--data", str(folder), "--save-every", "2", "--output", str(tmp_path / "out")]
+    assert script.main(arguments) == 0
+    document = results(tmp_path / "out")
+    (numbers,) = document["numbers"].values()
+    assert document["task"] == "homography" and document["settings"]["settings"]["pairs"]["patch"] == 24
+    assert 0 < numbers["mean_corner_error"] < 100 and 3 < numbers["identity_corner_error"] < 6  # 0.77 of 6 pixels
+    assert len(numbers["train_loss"]) == 4
+    assert (tmp_path / "out" / "random_vit_test_tiny_8" / "pairs.png").read_bytes().startswith(b"\x89PNG")
+    assert "nothing moved" in capsys.readouterr().out
+
+    monkeypatch.setitem(script.fit_homography.__globals__, "_step", None)  # a step would fail
+    assert script.main(arguments) == 0
+    assert results(tmp_path / "out")["numbers"] == document["numbers"]
+    assert script.main([*arguments, "--lr", "0.5"]) == 2
+    assert "of other weights, images or settings" in capsys.readouterr().err
+
+
+def test_another_backbone_is_measured_on_other_pairs(tmp_path: Path, script: ModuleType, folder: Path) -> None:
+    weights = ["--weights", "random:vit_test_tiny/8", "pixels", "--seed", "5"]
+    data = ["--train", str(folder / "train"), "--test", str(folder / "val")]
+    assert script.main([*TINY, *SMALL, *weights, *data, "--output", str(tmp_path / "out")]) == 0
+    numbers = results(tmp_path / "out")["numbers"]
+    assert set(numbers) == {"random:vit_test_tiny/8", "pixels"}
+    assert len({found["identity_corner_error"] for found in numbers.values()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("faulty", "message"),
+    [
+        (("--data", "no/such/folder"), "no/such/folder"),
+        (("--train", "sample_photos"), "both --train and"),
+        (("--weights", "no_such_file.pth"), "no_such_file.pth"),
+        (("--features", "invariant"), "it has patches"),
+        (("--max-shift", "7"), "quarter of the patch"),
+        (("--save-every", "0"), "at least 1 step"),
+    ],
+)
+def test_a_fault_of_the_input_is_not_said_plainly_or_leaves_files(
+    tmp_path: Path,
+    script: ModuleType,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    faulty: tuple[str, ...],
+    message: str,
+) -> None:
+    arguments = [*TINY, *SMALL, "--data", str(folder), "--output", str(tmp_path / "out"), *faulty]
+    assert script.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def dense(load_script: Callable[[Path], ModuleType]) -> ModuleType:
+    return load_script(SCRIPT.with_name("dense_equivariance.py"))
+
+
+def test_dense_features_are_not_measured_by_family(
+    tmp_path: Path, dense: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = ["--weights", "random:vit_test_tiny/8", "pixels", "--size", "32", "--device", "cpu"]
+    data = ["--data", str(folder / "train"), "--families", "rotation", "blur", "--batch-size", "2"]
+    assert dense.main([*weights, *data, "--output", str(tmp_path / "out")]) == 0
+    document = results(tmp_path / "out")
+    assert document["task"] == "dense_equivariance"
+    assert set(document["numbers"]) == {"random:vit_test_tiny/8", "pixels"}
+    for numbers in document["numbers"].values():
+        assert set(numbers) == {"rotation", "blur"}
+        assert numbers["blur"]["moved"] == numbers["blur"]["unmoved"]  # blur moves nothing
+        assert -1 <= numbers["rotation"]["moved_centred"] <= 1
+    assert (tmp_path / "out" / "pixels" / "features.png").read_bytes().startswith(b"\x89PNG")
+    assert "left in place" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("faulty", "message"),
+    [(("--size", "20"), "try 16 or 24"), (("--images", "1"), "at least two images"), (("--data", "a/b"), "a/b")],
+)
+def test_a_fault_of_the_dense_measurement_is_not_said_plainly(
+    tmp_path: Path,
+    dense: ModuleType,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    faulty: tuple[str, ...],
+    message: str,
+) -> None:
+    arguments = ["--weights", "random:vit_test_tiny/8", "--data", str(folder / "train"), "--device", "cpu", *faulty]
+    assert dense.main([*arguments, "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,151 @@
+"""`eval/video/run.py` as a user types it, on small copies of the layouts of DAVIS and VIP."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinov2_equi.evaluation.mask_pictures import write_index_mask
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = REPOSITORY / "eval" / "video" / "run.py"
+TINY = ("--weights", "random:vit_test_tiny/8", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def script(load_script: Callable[[Path], ModuleType]) -> ModuleType:
+    return load_script(SCRIPT)
+
+
+@pytest.fixture(autouse=True)
+def restored_logging() -> Iterator[None]:
+    """Put back what the command sets for its whole process."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    logging.captureWarnings(False)
+    root.setLevel(level)
+    for handler in [handler for handler in root.handlers if handler not in handlers]:
+        root.removeHandler(handler)
+        handler.close()
+
+
+def write_clip(frames: Path, masks: Path, seed: int, count: int = 4) -> None:
+    """Write a bright square of two objects that moves over noise, 40 x 60 pixels."""
+    rng = np.random.default_rng(seed)
+    frames.mkdir(parents=True)
+    for t in range(count):
+        mask = np.zeros((40, 60), dtype=np.uint8)
+        mask[8 : 8 + 16, 4 + 5 * t : 4 + 5 * t + 16] = 1
+        mask[24:34, 4 + 5 * t : 4 + 5 * t + 16] = 2
+        pixels = rng.integers(0, 90, (40, 60, 3)) + 80 * mask[..., None]
+        Image.fromarray(pixels.astype(np.uint8)).save(frames / f"{t:05d}.jpg")
+        write_index_mask(masks / f"{t:05d}.png", mask)
+
+
+@pytest.fixture(scope="module")
+def davis(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("DAVIS")
+    for seed, name in enumerate(("bear", "car", "left-out")):
+        write_clip(root / "JPEGImages" / "480p" / name, root / "Annotations" / "480p" / name, seed)
+    (root / "ImageSets" / "2017").mkdir(parents=True)
+    (root / "ImageSets" / "2017" / "val.txt").write_text("bear\ncar\n")
+    return root
+
+
+def results(folder: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return document
+
+
+def test_davis_is_not_measured_or_measured_twice(
+    tmp_path: Path, script: ModuleType, davis: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    arguments = [*TINY, "--data", str(davis), "--size", "40", "--output", str(tmp_path / "out")]
+    assert script.main(arguments) == 0
+    document = results(tmp_path / "out")
+    (numbers,) = document["numbers"].values()
+    assert document["task"] == "video" and document["settings"]["settings"]["propagation"]["top_k"] == 7
+    assert set(numbers["clips"]) == {"bear", "car"}
+    assert numbers["clips"]["car"]["num_frames"] == 4 and numbers["clips"]["car"]["num_scored"] == 2
+    assert 0 <= numbers["J&F"] <= 1 and numbers["J&F"] == pytest.approx((numbers["J"] + numbers["F"]) / 2)
+    means = [numbers["clips"][name]["J"] for name in ("bear", "car")]
+    assert numbers["J"] == pytest.approx(sum(means) / 2)  # two objects in each
+    assert numbers["copy_first_mask"]["J"] == pytest.approx(numbers["clips"]["car"]["copy_first_mask"]["J"])
+    place = tmp_path / "out" / "random_vit_test_tiny_8"
+    assert len(list((place / "masks" / "bear").glob("*.png"))) == 4
+    assert (place / "pictures" / "car.gif").read_bytes().startswith(b"GIF")
+    assert "copy the first mask" in capsys.readouterr().out
+
+    (place / "clips" / "car.json").unlink()  # as if killed in it
+    measured = []
+    segment = script.measure_clip.__globals__["segment_clip"]
+    monkeypatch.setitem(
+        script.measure_clip.__globals__,
+        "segment_clip",
+        lambda model, clip, *rest, **options: measured.append(clip.name) or segment(model, clip, *rest, **options),
+    )
+    assert script.main(arguments) == 0
+    assert measured == ["car"] and results(tmp_path / "out")["numbers"] == document["numbers"]
+
+
+def test_vip_is_not_scored_by_class(tmp_path: Path, script: ModuleType) -> None:
+    root = tmp_path / "VIP" / "VIP_Fine"
+    for seed, name in enumerate(("videos1", "videos2")):
+        write_clip(root / "Images" / name, root / "Annotations" / "Category_ids" / name, seed, count=3)
+    (root / "lists").mkdir()
+    (root / "lists" / "val_videos.txt").write_text("videos2\n")
+    arguments = [*TINY, "--dataset", "vip", "--data", str(root.parent), "--output", str(tmp_path / "out")]
+    assert script.main([*arguments, "--size", "40", "--protocol", "cropmae", "--context", "2"]) == 0
+    document = results(tmp_path / "out")
+    (numbers,) = document["numbers"].values()
+    assert set(numbers["clips"]) == {"videos2"} and 0 < numbers["mIoU"] <= 1
+    assert document["settings"]["settings"]["metric"] == "miou"
+    assert script.video_settings(script.parse_arguments(arguments)).size == 560
+
+
+def test_any_clip_with_one_mask_is_refused(tmp_path: Path, script: ModuleType) -> None:
+    write_clip(tmp_path / "clip", tmp_path / "masks", 0)
+    arguments = ["--dataset", "folder", "--data", str(tmp_path / "clip"), "--output", str(tmp_path / "out")]
+    weights = ["--weights", "random:vit_test_tiny/8", "pixels", "--size", "40"]
+    assert script.main([*weights, *arguments, "--masks", str(tmp_path / "masks" / "00000.png")]) == 0
+    document = results(tmp_path / "out")
+    assert set(document["numbers"]) == {"random:vit_test_tiny/8", "pixels"}
+    for numbers in document["numbers"].values():
+        assert numbers["J&F"] is None and numbers["clips"]["clip"]["num_scored"] == 0  # nothing to compare with
+    assert len(list((tmp_path / "out" / "pixels" / "masks" / "clip").glob("*.png"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("faulty", "message"),
+    [
+        (("--data", "no/such/folder"), "davischallenge.org"),
+        (("--dataset", "vip"), "sysu-hcp.net"),
+        (("--dataset", "folder"), "needs --masks"),
+        (("--clips", "bera"), "the nearest are bear"),
+        (("--weights", "no_such_file.pth"), "no_such_file.pth"),
+        (("--features", "equivariant"), "it has patches"),
+        (("--temperature", "0"), "temperature > 0"),
+        (("--size", "1", "2", "3"), "got 3 numbers"),
+    ],
+)
+def test_a_fault_of_the_input_is_not_said_plainly_or_leaves_files(
+    tmp_path: Path,
+    script: ModuleType,
+    davis: Path,
+    capsys: pytest.CaptureFixture[str],
+    faulty: tuple[str, ...],
+    message: str,
+) -> None:
+    assert script.main([*TINY, "--data", str(davis), "--output", str(tmp_path / "out"), *faulty]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()

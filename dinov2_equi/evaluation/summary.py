@@ -49,9 +49,14 @@ def _equivariance(numbers: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
+def _depth(numbers: Mapping[str, Any]) -> dict[str, float]:
+    return {"depth RMSE, m": float(numbers["rmse"]), "depth delta1": float(numbers["delta1"])}
+
+
 _HEADLINES: dict[str, Callable[[Mapping[str, Any]], dict[str, float]]] = {
     "classification": _classification,
     "equivariance": _equivariance,
+    "depth": _depth,
 }
 
 

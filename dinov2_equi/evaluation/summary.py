@@ -53,10 +53,15 @@ def _depth(numbers: Mapping[str, Any]) -> dict[str, float]:
     return {"depth RMSE, m": float(numbers["rmse"]), "depth delta1": float(numbers["delta1"])}
 
 
+def _segmentation(numbers: Mapping[str, Any]) -> dict[str, float]:
+    return {"mIoU": float(numbers["miou"])}
+
+
 _HEADLINES: dict[str, Callable[[Mapping[str, Any]], dict[str, float]]] = {
     "classification": _classification,
     "equivariance": _equivariance,
     "depth": _depth,
+    "segmentation": _segmentation,
 }
 
 

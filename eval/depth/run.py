@@ -93,7 +93,7 @@ def train_head(
         model.features.backbone,
         losses_of,
         TrainingSamples(DepthAugmentation(settings, train), len(train), settings.seed),
-        settings.loop(),
+        settings,
         args=args,
         identity=identity,
     )

@@ -28,8 +28,8 @@ from dinov2_equi.evaluation.eval_model import EvalModel
 
 
 @dataclass(frozen=True)
-class DepthSettings:
-    """What is trained, how, and how it is measured.
+class DepthSettings(LoopSettings):
+    """What is trained, how, and how it is measured; with the attributes of `LoopSettings`.
 
     Attributes:
         head: linear (last block), linear4 (four blocks, evenly spaced), or dpt.
@@ -44,16 +44,6 @@ class DepthSettings:
         rotate_deg: largest rotation of a training image.
         color_jitter: strength of the change of brightness, contrast and colours.
         flip_test: average the prediction with that of the mirrored image.
-        steps: see `LoopSettings`, as all that follow.
-        batch_size: images in a step.
-        lr: of the head.
-        warmup_steps: of the learning rate.
-        weight_decay: of matrices.
-        layer_decay: of a backbone that is trained.
-        backbone_lr: of a backbone that is trained, as a share of lr.
-        clip_grad: largest norm of the gradient.
-        save_every: steps between checkpoints.
-        seed: of everything random.
     """
 
     head: str = LINEAR
@@ -69,15 +59,11 @@ class DepthSettings:
     color_jitter: float = 0.1
     flip_test: bool = True
     steps: int = 38400
-    batch_size: int = 16
-    lr: float = 1e-4
     warmup_steps: int = 1000
     weight_decay: float = 0.01
     layer_decay: float = 0.75
-    backbone_lr: float = 0.1
     clip_grad: float = 35.0
     save_every: int = 500
-    seed: int = 0
 
     def check(self) -> None:
         """Refuse settings out of range.
@@ -96,12 +82,7 @@ class DepthSettings:
             raise ValueError(
                 f"expected weights of the losses >= 0, one of them above, got {self.silog_weight}, {self.bins_weight}"
             )
-        self.loop().check()
-
-    def loop(self) -> LoopSettings:
-        """Return the settings of the training loop."""
-        names = LoopSettings.__dataclass_fields__
-        return LoopSettings(**{name: getattr(self, name) for name in names})
+        super().check()
 
 
 class DepthModel(nn.Module):

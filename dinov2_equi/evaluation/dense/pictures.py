@@ -121,3 +121,25 @@ def depth_figure(images: Sequence[Tensor], truths: Sequence[Tensor], found: Sequ
         rows["true depth"].append(depth_colors(truth, low, high))
         rows["predicted depth"].append(depth_colors(depth, low, high))
     return rows_figure(rows)
+
+
+def segmentation_figure(
+    images: Sequence[Tensor], truths: Sequence[Tensor], found: Sequence[Tensor], classes: Sequence[str]
+) -> Figure:
+    """Return photographs above true and predicted classes; grey: none. The legend names the classes in the picture.
+
+    Args:
+        images: uint8 [3, H, W] each.
+        truths: integers [1, H, W] each; a number that is no class stands for none.
+        found: integers [1, H, W] each.
+        classes: their names.
+    """
+    rows = {
+        "photograph": [photograph(image) for image in images],
+        "true classes": [class_colors(labels, len(classes)) for labels in truths],
+        "predicted": [class_colors(labels, len(classes)) for labels in found],
+    }
+    numbers = {int(number) for labels in (*truths, *found) for number in labels.unique()}
+    palette = class_palette(len(classes))
+    legend = {classes[number]: palette[number] for number in sorted(numbers) if 0 <= number < len(classes)}
+    return rows_figure(rows, legend)

@@ -52,9 +52,9 @@ def _converted(name: str, value: Any, defaults: dict[str, Any]) -> Any:
     default = defaults[name]
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(default, tuple):
-        if not isinstance(value, list) or len(value) != len(default):
-            raise ValueError(f"expected {name} to be a list of {len(default)} values, got {value!r}")
-        return tuple(_converted(name, item, {name: own}) for item, own in zip(value, default, strict=True))
+        if not isinstance(value, list) or not value:
+            raise ValueError(f"expected {name} to be a list like {list(default)}, got {value!r}")
+        return tuple(_converted(name, item, {name: default[0]}) for item in value)
     if isinstance(default, (bool, str)):
         fits = isinstance(value, type(default))
     elif isinstance(default, int):

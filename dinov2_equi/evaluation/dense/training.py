@@ -34,7 +34,7 @@ Losses = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How long and how fast.
+    """How long and how fast; the settings of a task are this class with more.
 
     Attributes:
         steps: of the optimiser.
@@ -49,9 +49,9 @@ class LoopSettings:
         seed: of everything random.
     """
 
-    steps: int
-    batch_size: int
-    lr: float
+    steps: int = 1000
+    batch_size: int = 16
+    lr: float = 1e-4
     warmup_steps: int = 0
     weight_decay: float = 1e-4
     layer_decay: float = 0.65

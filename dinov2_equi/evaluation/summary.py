@@ -57,11 +57,16 @@ def _segmentation(numbers: Mapping[str, Any]) -> dict[str, float]:
     return {"mIoU": float(numbers["miou"])}
 
 
+def _detection(numbers: Mapping[str, Any]) -> dict[str, float]:
+    return {f"{kind} AP": float(numbers[kind]["AP"]) for kind in ("box", "mask") if kind in numbers}
+
+
 _HEADLINES: dict[str, Callable[[Mapping[str, Any]], dict[str, float]]] = {
     "classification": _classification,
     "equivariance": _equivariance,
     "depth": _depth,
     "segmentation": _segmentation,
+    "detection": _detection,
 }
 
 

@@ -26,7 +26,9 @@ USER_ERROR = 2
 _CURVE_POINTS = 100
 
 
-def dense_parser(description: str, *, layouts: Sequence[str], settings: str, output: str) -> argparse.ArgumentParser:
+def dense_parser(
+    description: str, *, layouts: Sequence[str], settings: str, output: str, needs_data: bool = True
+) -> argparse.ArgumentParser:
     """Return a parser with the arguments that every dense task has.
 
     Args:
@@ -34,11 +36,12 @@ def dense_parser(description: str, *, layouts: Sequence[str], settings: str, out
         layouts: known forms of the data.
         settings: names of the settings, for the help.
         output: folder written to by default.
+        needs_data: the folder of the data must be given.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--weights", required=True, metavar="WEIGHTS", help=f"one of: {FORMS}")
-    add("--data", type=Path, required=True, metavar="FOLDER", help="of the data set")
+    add("--data", type=Path, required=needs_data, metavar="FOLDER", help="of the data set")
     add("--layout", choices=tuple(layouts), default=layouts[0], help=f"how it lies there (default: {layouts[0]})")
     add("--config", type=Path, metavar="FILE", help="YAML with settings; some lie in configs/ beside the script")
     add("--set", nargs="*", default=[], metavar="NAME=VALUE", help=f"settings: {settings}")

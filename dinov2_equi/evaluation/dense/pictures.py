@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms import v2
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from dinov2_equi.evaluation.figures import INK
 
@@ -143,3 +144,40 @@ def segmentation_figure(
     palette = class_palette(len(classes))
     legend = {classes[number]: palette[number] for number in sorted(numbers) if 0 <= number < len(classes)}
     return rows_figure(rows, legend)
+
+
+def boxes_figure(
+    images: Sequence[Tensor],
+    truths: Sequence[tuple[Tensor, Tensor]],
+    found: Sequence[tuple[Tensor, Tensor]],
+    classes: Sequence[str],
+    masks: Sequence[Tensor] | None = None,
+) -> Figure:
+    """Return photographs with true boxes above the same with the boxes that were found.
+
+    Args:
+        images: uint8 [3, H, W] each.
+        truths: boxes [n, 4] (left, top, right, bottom) and class numbers [n], counted from 0, of each image.
+        found: the same.
+        classes: their names.
+        masks: bool [n, H, W] of what was found, laid over it; None: no masks.
+    """
+    palette = class_palette(len(classes))
+    overlays: Sequence[Tensor | None] = masks if masks is not None else [None] * len(images)
+    rows = {
+        "true": [_with_boxes(i, *t, palette, None) for i, t in zip(images, truths, strict=True)],
+        "found": [_with_boxes(i, *f, palette, m) for i, f, m in zip(images, found, overlays, strict=True)],
+    }
+    numbers = {int(number) for _, labels in (*truths, *found) for number in labels.unique()}
+    return rows_figure(rows, {classes[number]: palette[number] for number in sorted(numbers)})
+
+
+def _with_boxes(image: Tensor, boxes: Tensor, labels: Tensor, palette: Picture, masks: Tensor | None) -> Picture:
+    """Return a photograph with coloured boxes, and masks under them where there are any."""
+    colors = [tuple(round(255 * part) for part in palette[int(number)]) for number in labels]
+    width = max(round(2 * max(image.shape[-2:]) / PICTURE_SIDE), 1)
+    if len(boxes) and masks is not None:
+        image = draw_segmentation_masks(image, masks, alpha=0.45, colors=colors)
+    if len(boxes):
+        image = draw_bounding_boxes(image, boxes, colors=colors, width=width)
+    return photograph(image)

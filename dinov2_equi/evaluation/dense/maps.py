@@ -56,6 +56,7 @@ class DenseBackbone(nn.Module):
             raise ValueError(f"{model.name} has the blocks 0 to {model.num_blocks - 1}, asked for {list(blocks)}")
         if not is_frozen and not isinstance(model.backbone, DinoVisionTransformer):
             raise ValueError(f"{model.name} is a backbone of another library; only DINOv2's architecture is fine-tuned")
+        self.name = model.name
         self.backbone = model.backbone
         self.blocks = tuple(blocks)
         self.is_frozen = is_frozen
@@ -78,13 +79,30 @@ class DenseBackbone(nn.Module):
         return self.maps_of_normalized(normalize(images, self.mean, self.std))
 
     def maps_of_normalized(self, images: Tensor) -> list[BlockMap]:
-        """Return the maps of normalised images [B, 3, H, W]."""
+        """Return the maps of normalised images [B, 3, H, W].
+
+        Raises:
+            ValueError: a backbone of another library takes images of its own size only.
+        """
         height, width = padded_size(images.shape[-2:], self.patch_size)
         padded = F.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
-            tokens = self._tokens(padded)
+            tokens = self._checked_tokens(padded)
         grid = patch_grid(tokens[0][0].shape[1], (height, width), self.patch_size)
         return [BlockMap(p.float().transpose(1, 2).unflatten(2, grid), cls.float()) for p, cls in tokens]
+
+    def _checked_tokens(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return `_tokens`, and say in words where another library's backbone refuses the size by an assertion."""
+        if isinstance(self.backbone, DinoVisionTransformer):
+            return self._tokens(images)
+        try:
+            return self._tokens(images)
+        except AssertionError as error:
+            height, width = images.shape[-2:]
+            raise ValueError(
+                f"{self.name} does not take images of {width} x {height} pixels ({error}); choose a backbone that "
+                "takes images of any size"
+            ) from error
 
     def _tokens(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return patch tokens [B, N, D] and class token [B, D] of every wanted block."""
@@ -118,13 +136,12 @@ def padded_size(size: Sequence[int], multiple: int) -> tuple[int, int]:
 def patch_grid(num_patches: int, size: tuple[int, int], patch_size: int) -> tuple[int, int]:
     """Return the grid (h, w) of the patches of an image of (H, W) pixels.
 
-    Where the backbone has no patches (patch size 1: a convolutional network, raw pixels) it is the grid of this many
-    cells that comes nearest to the shape of the image.
+    Where the tokens are not the patches (a convolutional network, raw pixels, a transformer that merges patches) it is
+    the grid of this many cells that comes nearest to the shape of the image.
     """
     height, width = size
-    if patch_size > 1:
-        grid = height // patch_size, width // patch_size
-        assert grid[0] * grid[1] == num_patches
+    grid = height // patch_size, width // patch_size
+    if grid[0] * grid[1] == num_patches:
         return grid
     divisors = [h for h in range(1, num_patches + 1) if num_patches % h == 0]
     h = min(divisors, key=lambda rows: abs(math.log(rows * rows / num_patches * width / height)))

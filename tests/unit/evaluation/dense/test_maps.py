@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from dinov2_equi.evaluation.dense.maps import (
@@ -15,6 +16,7 @@ from dinov2_equi.evaluation.dense.maps import (
     to_image_size,
 )
 from dinov2_equi.evaluation.eval_model import EvalModel
+from dinov2_equi.evaluation.foreign import load_timm
 from dinov2_equi.evaluation.model import RawPixels, random_backbone
 
 
@@ -111,3 +113,22 @@ def test_map_at_image_size_is_stretched_over_the_filling() -> None:
     found = to_image_size(maps, (21, 34), 8)
     whole = F.interpolate(maps, (24, 40), mode="bilinear", align_corners=False)
     assert torch.equal(found, whole[..., :21, :34])
+
+
+def test_backbone_of_timm_takes_images_of_its_own_size_alone() -> None:
+    pytest.importorskip("timm", reason="timm is not installed")
+    model = load_timm("test_vit", pretrained=False)  # made for 160 pixels, patches of 16
+    maps = DenseBackbone(model, last_blocks(model, 2))(torch.rand(1, 3, 40, 90))
+    assert [found.patches.shape for found in maps] == [(1, 64, 3, 6)] * 2
+
+
+class FixedSize(nn.Module):
+    def forward_features(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        assert x.shape[-1] == 224, "Input width doesn't match model (224)"
+        return {}
+
+
+def test_backbone_with_a_fixed_size_gives_an_assertion() -> None:
+    dense = DenseBackbone(EvalModel(name="fixed", backbone=FixedSize(), patch_size=16), (0,))
+    with pytest.raises(ValueError, match=r"fixed does not take images of 48 x 32 pixels \(Input width"):
+        dense(torch.rand(1, 3, 30, 40))

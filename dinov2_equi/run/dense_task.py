@@ -22,7 +22,7 @@ from dinov2_equi.run.allocator import keep_freed_memory
 from dinov2_equi.run.load import FORMS, load_eval_model
 
 RESULTS_FILE, PICTURE_FILE = "results.json", "predictions.png"
-USER_ERROR = 2
+USER_ERROR, INTERRUPTED = 2, 130
 _CURVE_POINTS = 100
 
 
@@ -115,12 +115,23 @@ def run_to_exit_code(run: Callable[[argparse.Namespace], str], args: argparse.Na
     keep_freed_memory()
     try:
         text = run(args)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return INTERRUPTED
     except torch.OutOfMemoryError:
         print("error: the device has not enough memory: lower batch_size or the size of the images", file=sys.stderr)
         return USER_ERROR
     except (ValueError, OSError, ImportError, CheckpointError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         return USER_ERROR
     print(text)
     print(f"written: {args.output / RESULTS_FILE}, {args.output / PICTURE_FILE}")
     return 0
+
+
+def _one_line(error: Exception) -> str:
+    """Return the message of an error; of one from a loader process, which brings a traceback, its last line."""
+    text = str(error).strip()
+    if text.startswith("Caught ") and "worker process" in text:
+        return text.splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -76,6 +77,20 @@ def test_wrong_input_gives_a_traceback(
     assert script.main(["--weights", "random:vit_test_tiny/8", *given, "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_broken_image_gives_a_traceback_or_no_name(
+    tmp_path: Path, script: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str], workers: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    for number in range(8):
+        (copy / "images" / f"{number}.png").write_bytes(b"no image")
+    words = (*TINY, *RECIPE, "--data", str(copy), "--output", str(tmp_path / "out"), "--num-workers", workers)
+    assert script.main([*words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: cannot read the image ") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("path", sorted((SCRIPT.parent / "configs").iterdir()), ids=lambda path: path.name)

@@ -100,6 +100,12 @@ def test_finished_training_is_repeated(tmp_path: Path) -> None:
     assert fingerprint(first) == fingerprint(second) and losses == same
 
 
+def test_loader_processes_change_the_weights(tmp_path: Path) -> None:
+    first, losses = run(tmp_path / "a")
+    second, same = run(tmp_path / "b", workers=1)
+    assert fingerprint(first) == fingerprint(second) and losses == same
+
+
 def test_seed_changes_nothing(tmp_path: Path) -> None:
     assert run(tmp_path / "a", seed=0)[1] != run(tmp_path / "b", seed=1)[1]
 

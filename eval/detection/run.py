@@ -1,4 +1,4 @@
-"""How well objects are found with a backbone: train one of torchvision's detectors on it, and measure its precision.
+r"""How well objects are found with a backbone: train one of torchvision's detectors on it, and measure its precision.
 
     pip install -r eval/detection/requirements.txt
     python eval/detection/run.py --weights runs/mine --data FOLDER --config eval/detection/configs/small.yaml

@@ -1,4 +1,4 @@
-"""How well the class of every pixel can be read from a backbone: train a linear head on class maps, and measure it.
+r"""How well the class of every pixel can be read from a backbone: train a linear head on class maps, and measure it.
 
     python eval/segmentation/run.py --weights runs/mine --data CAMVID --layout camvid \
         --config eval/segmentation/configs/camvid.yaml

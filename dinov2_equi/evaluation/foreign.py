@@ -95,7 +95,7 @@ def load_timm(name: str, *, pretrained: bool = True, size: int | None = None) ->
     """
     timm = _import("timm")
     try:
-        model = timm.create_model(name, pretrained=pretrained, num_classes=0)
+        model = _create_timm(timm, name, pretrained=pretrained)
     except (RuntimeError, OSError) as error:
         raise ValueError(f"timm cannot make {name!r}: {error}") from error
     settings = timm.data.resolve_model_data_config(model)
@@ -110,6 +110,14 @@ def load_timm(name: str, *, pretrained: bool = True, size: int | None = None) ->
         mean=tuple(settings["mean"]),
         std=tuple(settings["std"]),
     )
+
+
+def _create_timm(timm: Any, name: str, *, pretrained: bool) -> Any:
+    """Return a model of timm that takes images of any size, as dense tasks have them, where it can."""
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
+    except TypeError:  # an architecture without this option
+        return timm.create_model(name, pretrained=pretrained, num_classes=0)
 
 
 def _timm_patch_size(model: Any) -> int:

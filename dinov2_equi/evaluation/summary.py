@@ -62,12 +62,27 @@ def _dense_equivariance(numbers: Mapping[str, Any]) -> dict[str, float]:
     return {f"dense {family}": float(found["moved_centred"]) for family, found in numbers.items()}
 
 
+def _depth(numbers: Mapping[str, Any]) -> dict[str, float]:
+    return {"depth RMSE, m": float(numbers["rmse"]), "depth delta1": float(numbers["delta1"])}
+
+
+def _segmentation(numbers: Mapping[str, Any]) -> dict[str, float]:
+    return {"mIoU": float(numbers["miou"])}
+
+
+def _detection(numbers: Mapping[str, Any]) -> dict[str, float]:
+    return {f"{kind} AP": float(numbers[kind]["AP"]) for kind in ("box", "mask") if kind in numbers}
+
+
 _HEADLINES: dict[str, Callable[[Mapping[str, Any]], dict[str, float]]] = {
     "classification": _classification,
     "equivariance": _equivariance,
     "video": _video,
     "homography": _homography,
     "dense_equivariance": _dense_equivariance,
+    "depth": _depth,
+    "segmentation": _segmentation,
+    "detection": _detection,
 }
 
 

@@ -1,0 +1,113 @@
+"""Losses and measures of predicted depth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+METRICS = ("rmse", "abs_rel", "sq_rel", "log10", "rmse_log", "silog", "delta1", "delta2", "delta3")
+DELTA = 1.25
+VARIANCE_FOCUS = 0.85
+"""Share of the mean error that the scale-invariant loss forgives."""
+
+
+def silog_loss(prediction: Tensor, truth: Tensor, known: Tensor, variance_focus: float = VARIANCE_FOCUS) -> Tensor:
+    """Return the scale-invariant logarithmic loss sqrt(mean(g^2) - focus * mean(g)^2), g = log p - log t.
+
+    Args:
+        prediction: depth in metres, > 0, any shape.
+        truth: of the same shape.
+        known: bool of the same shape; pixels outside do not count. 0 where there is none inside.
+        variance_focus: 1: a common factor costs nothing; 0: the RMSE of the logarithms.
+
+    Source: Eigen et al. 2014 (arXiv 1406.2283), equation 4; the root as in Lee et al. 2019 (BTS, arXiv 1907.10326).
+    """
+    if not known.any():
+        return prediction.sum() * 0.0
+    g = prediction[known].log() - truth[known].log()
+    # The gradient of the root is infinite at 0, where a prediction is perfect.
+    return (g.square().mean() - variance_focus * g.mean().square()).clamp_min(1e-12).sqrt()
+
+
+def bins_loss(shares: Tensor, centres: Tensor, truth: Tensor, known: Tensor) -> Tensor:
+    """Return the cross-entropy between shares of depth bins and the true depth, divided over its two nearest bins.
+
+    The depth lies between two centres; each has the weight 1 - distance / spacing, so that the mean of the target's
+    bins is the true depth.
+
+    Args:
+        shares: [B, K, H, W] in [0, 1], summing to 1 over the bins.
+        centres: [K] metres, evenly spaced and ascending.
+        truth: [B, 1, H, W] metres.
+        known: bool [B, 1, H, W]; 0 where no pixel is known.
+    """
+    if not known.any():
+        return shares.sum() * 0.0
+    place = ((truth - centres[0]) / (centres[1] - centres[0])).clamp(0, len(centres) - 1)
+    below = place.floor().long().clamp_max(len(centres) - 2)  # [B, 1, H, W]
+    weight_above = place - below
+    logs = shares.clamp_min(1e-8).log()
+    cost = -(1 - weight_above) * logs.gather(1, below) - weight_above * logs.gather(1, below + 1)
+    return cost[known].mean()
+
+
+def depth_metrics(prediction: Tensor, truth: Tensor, measured: Tensor) -> dict[str, float]:
+    """Return the measures of one image by the names in `METRICS`, over its measured pixels.
+
+    Args:
+        prediction: [H, W] metres, > 0.
+        truth: [H, W] metres, > 0 where measured.
+        measured: bool [H, W].
+
+    Returns:
+        rmse in metres; abs_rel = mean(|p - t| / t); sq_rel = mean((p - t)^2 / t) in metres; log10 = mean |log10 p -
+        log10 t|; rmse_log; silog = 100 times the standard deviation of log p - log t; delta1 to 3 = share of pixels
+        with max(p / t, t / p) below 1.25, 1.25^2, 1.25^3.
+
+    Raises:
+        ValueError: no pixel is measured.
+
+    Source: Eigen et al. 2014 (arXiv 1406.2283); silog as in the KITTI benchmark.
+    """
+    if not measured.any():
+        raise ValueError("expected at least one pixel of known depth in range and inside the crop, got none")
+    p, t = prediction[measured].double(), truth[measured].double()
+    logs = p.log() - t.log()
+    ratio = torch.maximum(p / t, t / p)
+    found = {
+        "rmse": (p - t).square().mean().sqrt(),
+        "abs_rel": ((p - t).abs() / t).mean(),
+        "sq_rel": ((p - t).square() / t).mean(),
+        "log10": logs.abs().mean() / math.log(10),
+        "rmse_log": logs.square().mean().sqrt(),
+        "silog": 100 * (logs.square().mean() - logs.mean().square()).clamp_min(0).sqrt(),
+    }
+    found |= {f"delta{power}": (ratio < DELTA**power).double().mean() for power in (1, 2, 3)}
+    return {name: float(value) for name, value in found.items()}
+
+
+class MeanOfImages:
+    """The mean of measures over images: each image counts the same, however many of its pixels are measured."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = dict.fromkeys(METRICS, 0.0)
+        self.count = 0
+
+    def add(self, found: Mapping[str, float]) -> None:
+        """Count the measures of one more image."""
+        self.count += 1
+        for name in self._sums:
+            self._sums[name] += found[name]
+
+    def result(self) -> dict[str, float]:
+        """Return the means.
+
+        Raises:
+            ValueError: no image was counted.
+        """
+        if not self.count:
+            raise ValueError("expected at least one image with known depth, got none; check max_depth and crop")
+        return {name: value / self.count for name, value in self._sums.items()}

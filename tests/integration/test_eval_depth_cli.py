@@ -1,0 +1,109 @@
+"""`eval/depth/run.py` as a user types it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinov2_equi.evaluation.summary import headline_numbers
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = REPOSITORY / "eval" / "depth" / "run.py"
+TINY = ("--weights", "random:vit_test_tiny/8", "--device", "cpu", "--set")
+RECIPE = ("height=24", "width=32", "bins=16", "steps=6", "warmup_steps=1", "batch_size=4", "lr=0.03", "save_every=2")
+
+
+@pytest.fixture(scope="module")
+def script(load_script: Callable[[Path], ModuleType]) -> ModuleType:
+    return load_script(SCRIPT)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return pairs in which bright means far."""
+    root = tmp_path_factory.mktemp("depth")
+    rng = np.random.default_rng(0)
+    (root / "images").mkdir()
+    (root / "depth").mkdir()
+    for number in range(10):
+        far = rng.integers(0, 2, (3, 4)).repeat(8, axis=0).repeat(8, axis=1)  # [24, 32]
+        Image.fromarray(np.stack([far * 200 + 20] * 3, axis=-1).astype(np.uint8)).save(root / f"images/{number}.png")
+        Image.fromarray((far * 3000 + 1000).astype(np.uint16)).save(root / f"depth/{number}.png")
+    return root
+
+
+def test_head_learns_nothing_or_the_files_are_not_written(
+    tmp_path: Path, script: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (*TINY, *RECIPE, "steps=40", "--max-depth", "5", "--data", str(folder), "--output", str(tmp_path))
+    assert script.main([*words]) == 0
+    document = json.loads((tmp_path / "results.json").read_text())
+    (numbers,) = document["numbers"].values()
+    assert document["task"] == "depth" and document["settings"]["recipe"]["steps"] == 40
+    assert numbers["num_images"] == 2 and document["settings"]["num_train_images"] == 8
+    assert numbers["rmse"] < 0.8 * numbers["mean_depth_baseline"]["rmse"]
+    assert numbers["train_loss"]["loss"][-1] < numbers["train_loss"]["loss"][0]
+    assert headline_numbers(document)["depth RMSE, m"] == numbers["rmse"]
+    with Image.open(tmp_path / "predictions.png") as picture:
+        assert picture.width > 400
+    assert "mean training depth" in capsys.readouterr().out
+
+
+def test_stopped_run_ends_with_other_numbers(
+    tmp_path: Path, script: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (*TINY, *RECIPE, "head=dpt", "dpt_channels=8", "finetune=true", "--data", str(folder), "--output")
+    assert script.main([*words, str(tmp_path / "whole")]) == 0
+    losses = script.DepthModel.losses
+    calls = 0
+
+    def stopped(*arguments: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return losses(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script.DepthModel, "losses", stopped)
+        assert script.main([*words, str(tmp_path / "cut")]) == 130
+    assert script.main([*words, str(tmp_path / "cut")]) == 0
+    found = [json.loads((tmp_path / name / "results.json").read_text())["numbers"] for name in ("whole", "cut")]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--data", "nowhere"), "there is no folder nowhere"),
+        (("--data", "FOLDER", "--layout", "nyu"), "NYUv2 must lie as"),
+        (("--data", "FOLDER", "--set", "heads=dpt"), "did you mean head?"),
+        (("--data", "FOLDER", "--set", "head=mlp"), "expected head to be one of linear, linear4, dpt"),
+        (("--data", "FOLDER", "--config", "nowhere.yaml"), "nowhere.yaml"),
+        (("--data", "FOLDER", "--weights", "runs/nowhere"), "there is no file 'runs/nowhere'"),
+    ],
+)
+def test_wrong_input_gives_a_traceback(
+    script: ModuleType,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    message: str,
+) -> None:
+    given = [word.replace("FOLDER", str(folder)) for word in words]
+    assert script.main(["--weights", "random:vit_test_tiny/8", *given, "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", sorted((SCRIPT.parent / "configs").iterdir()), ids=lambda path: path.name)
+def test_config_beside_the_script_is_refused(script: ModuleType, path: Path) -> None:
+    script.read_settings(script.DepthSettings, path, []).check()
+    assert path.read_text().startswith("# Purpose   ")

@@ -1,0 +1,126 @@
+"""`eval/detection/run.py` as a user types it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinov2_equi.evaluation.summary import headline_numbers
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = REPOSITORY / "eval" / "detection" / "run.py"
+TINY = ("--weights", "random:vit_test_tiny/16", "--device", "cpu", "--set", "batch_size=2")
+RECIPE = (
+    "save_every=1",
+    "size=64",
+    "channels=8",
+    "anchor_size=16",
+    "steps=4",
+    "warmup_steps=1",
+    "batch_size=2",
+    "detections=5",
+)
+
+
+@pytest.fixture(scope="module")
+def script(load_script: Callable[[Path], ModuleType]) -> ModuleType:
+    return load_script(SCRIPT)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return images with a bright square each, in COCO's layout."""
+    root = tmp_path_factory.mktemp("detection")
+    (root / "annotations").mkdir()
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 2)):
+        (root / split).mkdir()
+        images, annotations = [], []
+        for number in range(count):
+            pixels = np.zeros((48, 64, 3), np.uint8)
+            x, y = (int(v) for v in rng.integers(0, 20, 2))
+            pixels[y : y + 24, x : x + 30] = 255
+            Image.fromarray(pixels).save(root / split / f"{number}.png")
+            images.append({"id": number, "file_name": f"{number}.png", "width": 64, "height": 48})
+            outline = [[x, y, x + 30, y, x + 30, y + 24, x, y + 24]]
+            annotations.append(
+                {"id": number, "image_id": number, "category_id": 1, "bbox": [x, y, 30, 24], "segmentation": outline}
+            )
+        document = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "square"}]}
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(document))
+    return root
+
+
+def test_precision_or_files_are_missing(tmp_path: Path, script: ModuleType, folder: Path) -> None:
+    assert script.main([*TINY, *RECIPE, "--data", str(folder), "--output", str(tmp_path)]) == 0
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert document["task"] == "detection" and set(headline_numbers(document)) == {"box AP", "mask AP"}
+    with Image.open(tmp_path / "predictions.png") as picture:
+        assert picture.width > 200
+
+
+def test_stopped_run_ends_with_other_numbers(
+    tmp_path: Path, script: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = (*RECIPE, "detector=retinanet", "steps=3", "save_every=2", "finetune=true")
+    words = (*TINY, *recipe, "--data", str(folder), "--output")
+    assert script.main([*words, str(tmp_path / "whole")]) == 0
+    losses = script.DetectionModel.losses
+    calls = 0
+
+    def stopped(*arguments: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return losses(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script.DetectionModel, "losses", stopped)
+        assert script.main([*words, str(tmp_path / "cut")]) == 130
+    assert script.main([*words, str(tmp_path / "cut")]) == 0
+    found = [json.loads((tmp_path / name / "results.json").read_text())["numbers"] for name in ("whole", "cut")]
+    assert found[0] == found[1]
+
+
+def test_files_that_lie_elsewhere(tmp_path: Path, script: ModuleType, folder: Path) -> None:
+    sets = [(str(folder / f"annotations/instances_{s}.json"), str(folder / s)) for s in ("train", "val")]
+    words = ("steps=2", "detector=retinanet", "--train", *sets[0], "--val", *sets[1], "--output", str(tmp_path))
+    assert script.main([*TINY, *RECIPE, *words]) == 0
+    (numbers,) = json.loads((tmp_path / "results.json").read_text())["numbers"].values()
+    assert set(numbers) == {"num_images", "num_detections", "box", "train_loss"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "give --data FOLDER alone, or both --train JSON IMAGES and --val JSON IMAGES"),
+        (("--data", "nowhere"), "no train images with annotations in nowhere"),
+        (("--train", "a.json", "b"), "both --train JSON IMAGES and --val"),
+        (("--data", "FOLDER", "--set", "detectors=yolo"), "did you mean detector?"),
+    ],
+)
+def test_wrong_input_gives_a_traceback(
+    script: ModuleType,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    message: str,
+) -> None:
+    given = [word.replace("FOLDER", str(folder)) for word in words]
+    assert script.main(["--weights", "random:vit_test_tiny/16", *given, "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", sorted((SCRIPT.parent / "configs").iterdir()), ids=lambda path: path.name)
+def test_config_beside_the_script_is_refused(script: ModuleType, path: Path) -> None:
+    script.read_settings(script.DetectionSettings, path, []).check()
+    assert path.read_text().startswith("# Purpose   ")

@@ -1,0 +1,99 @@
+"""`eval/segmentation/run.py` as a user types it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinov2_equi.evaluation.summary import headline_numbers
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = REPOSITORY / "eval" / "segmentation" / "run.py"
+TINY = ("--weights", "random:vit_test_tiny/8", "--device", "cpu", "--set")
+RECIPE = ("resize=24", "crop=24", "stride=16", "steps=30", "warmup_steps=1", "batch_size=4", "lr=0.03")
+
+
+@pytest.fixture(scope="module")
+def script(load_script: Callable[[Path], ModuleType]) -> ModuleType:
+    return load_script(SCRIPT)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return pairs in which bright is one class and dark the other."""
+    root = tmp_path_factory.mktemp("segmentation")
+    rng = np.random.default_rng(0)
+    (root / "images").mkdir()
+    (root / "annotations").mkdir()
+    (root / "classes.txt").write_text("dark\nbright\n")
+    for number in range(10):
+        bright = rng.integers(0, 2, (3, 4)).repeat(8, axis=0).repeat(8, axis=1)  # [24, 32]
+        Image.fromarray(np.stack([bright * 200 + 20] * 3, axis=-1).astype(np.uint8)).save(root / f"images/{number}.png")
+        Image.fromarray(bright.astype(np.uint8)).save(root / f"annotations/{number}.png")
+    return root
+
+
+def test_head_learns_nothing_or_the_files_are_not_written(tmp_path: Path, script: ModuleType, folder: Path) -> None:
+    words = (*TINY, *RECIPE, "head=multiscale", "--data", str(folder), "--output", str(tmp_path))
+    assert script.main([*words]) == 0
+    document = json.loads((tmp_path / "results.json").read_text())
+    (numbers,) = document["numbers"].values()
+    assert document["task"] == "segmentation" and document["settings"]["framework"] == "torch"
+    assert set(numbers["iou"]) == {"dark", "bright"} and numbers["num_images"] == 2
+    assert numbers["miou"] > 1.2 * numbers["majority_baseline"]["miou"]
+    assert headline_numbers(document) == {"mIoU": numbers["miou"]}
+    with Image.open(tmp_path / "predictions.png") as picture:
+        assert picture.width > 400
+    first = (tmp_path / "results.json").read_text()
+    assert script.main([*words]) == 0  # from the last checkpoint
+    assert json.loads((tmp_path / "results.json").read_text())["numbers"] == json.loads(first)["numbers"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--data", "nowhere"), "there is no folder nowhere"),
+        (("--data", "FOLDER", "--layout", "ade20k"), "ADE20K must lie as"),
+        (("--data", "FOLDER", "--layout", "camvid", "--num-classes", "3"), "the classes of camvid are fixed"),
+        (("--data", "FOLDER", "--set", "heads=linear"), "did you mean head?"),
+    ],
+)
+def test_wrong_input_gives_a_traceback(
+    script: ModuleType,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    message: str,
+) -> None:
+    given = [word.replace("FOLDER", str(folder)) for word in words]
+    assert script.main(["--weights", "random:vit_test_tiny/8", *given, "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_broken_image_gives_a_traceback_or_no_name(
+    tmp_path: Path, script: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str], workers: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    for number in range(8):
+        (copy / "images" / f"{number}.png").write_bytes(b"no image")
+    words = (*TINY, *RECIPE, "--data", str(copy), "--output", str(tmp_path / "out"), "--num-workers", workers)
+    assert script.main([*words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: cannot read the image ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", sorted((SCRIPT.parent / "configs").iterdir()), ids=lambda path: path.name)
+def test_config_beside_the_script_is_refused(script: ModuleType, path: Path) -> None:
+    script.read_settings(script.SegmentationSettings, path, []).check()
+    assert path.read_text().startswith("# Purpose   ")

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from dinov2_equi.evaluation.eval_model import BlockTokens
 
-DEFAULT_LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
-"""DINOv2's, for a batch of 256 images; they scale with the batch."""
+DEFAULT_LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
+"""DINOv2's up to 0.1, and what small data sets need beyond; for a batch of 256 images, with which they scale."""
 
 REFERENCE_BATCH = 256
 MOMENTUM = 0.9

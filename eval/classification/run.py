@@ -25,7 +25,14 @@ import torch
 from rich.table import Table
 
 from dinov2_equi.data.datasets.make import make_train_and_val
-from dinov2_equi.evaluation.classification import TASKS, LabelledFeatures, Numbers, TaskSettings
+from dinov2_equi.evaluation.classification import (
+    LEAST_EPOCHS,
+    LEAST_STEPS,
+    TASKS,
+    LabelledFeatures,
+    Numbers,
+    TaskSettings,
+)
 from dinov2_equi.evaluation.eval_model import PLAIN_FEATURES, EvalModel
 from dinov2_equi.evaluation.labelled import matching_labels
 from dinov2_equi.evaluation.results import write_results
@@ -57,7 +64,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     task = parser.add_argument_group("tasks").add_argument
     task("--features", choices=PLAIN_FEATURES, default=own.features, help="of all tasks but linear (default: cls)")
     task("--k", type=int, nargs="+", default=list(own.ks), help="neighbours of k-NN")
-    task("--epochs", type=int, default=own.epochs, help=f"passes of the linear classifiers (default: {own.epochs})")
+    passes = f"passes of the linear classifiers (default: {LEAST_EPOCHS}, or what {LEAST_STEPS} steps need)"
+    task("--epochs", type=int, help=passes)
+    as_dinov2 = "train the linear classifiers on the features as they are, as DINOv2 does, not standardised"
+    task("--no-standardize", action="store_true", help=as_dinov2)
     task("--shots", type=int, nargs="+", default=list(own.shots), help="images a class in the few-shot task")
     task("--draws", type=int, default=own.num_draws, help=f"of these images (default: {own.num_draws})")
     only = "answer with classes of the validation images alone, as for ImageNet-A and -R"
@@ -108,6 +118,7 @@ def task_settings(args: argparse.Namespace) -> TaskSettings:
         features=args.features,
         ks=args.k,
         epochs=args.epochs,
+        standardize=not args.no_standardize,
         shots=args.shots,
         num_draws=args.draws,
         only_test_classes=args.only_val_classes,

@@ -42,7 +42,7 @@ class LabelledFeatures:
 
     test: StoredFeatures
     test_labels: Tensor
-    """[n] int64, numbers of the training classes."""
+    """[n] int64, numbers of the training classes; or [n, C] bool, the classes that are accepted for each image."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,8 @@ def _allowed(data: LabelledFeatures, settings: TaskSettings) -> Tensor | None:
     """Return which classes may be answered, [C] bool on the device, or None for all."""
     if not settings.only_test_classes:
         return None
+    if data.test_labels.ndim == 2:
+        return data.test_labels.any(dim=0).to(settings.device)
     allowed = torch.zeros(int(data.train_labels.max()) + 1, dtype=torch.bool, device=settings.device)
     allowed[data.test_labels.unique().to(settings.device)] = True
     return allowed
@@ -228,3 +230,6 @@ TASKS: dict[str, Task] = {
     "retrieval": Task("retrieval mAP", measure_retrieval, lambda numbers: float(numbers["map"])),
 }
 """By the names of the command line."""
+
+ACCEPT_SEVERAL = ("knn", "linear", "log_regression")
+"""Tasks whose images may have several right answers."""

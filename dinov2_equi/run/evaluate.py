@@ -6,8 +6,8 @@
 Each teacher in RUN/eval/training_N is measured once, with what `evaluation.tasks` of the run's configuration names. The
 numbers go to RUN/evaluation_metrics.json as those of the training itself would, and the best teacher to RUN/best where
 `evaluation.best_metric` is set. Start the training with `evaluation.in_process=false`: it then exports and does not
-measure. Exit codes: 0 done, 1 a measurement failed, 2 something in the command, configuration or data is wrong,
-130 interrupted by the keyboard.
+measure.
+After a stop the same command goes on with the teachers that are left.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from dinov2_equi.config.derive import derive
 from dinov2_equi.config.schema import Config
 from dinov2_equi.logging.metrics import EVALUATION_NAME, EvaluationWriter, read_metrics
-from dinov2_equi.run.allocator import keep_freed_memory
+from dinov2_equi.run.command import EXIT_DONE, EXIT_FAILED, command_parser, run_command
 from dinov2_equi.run.evaluation_hook import Measurements, keep_best, measure_all, prepare_measurements
 from dinov2_equi.run.load import CONFIG_FILE, load_teacher
 from dinov2_equi.train.build import build_datasets, select_device
@@ -37,12 +37,10 @@ from dinov2_equi.train.settings import load_run_config
 
 logger = logging.getLogger(__name__)
 
-EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
-
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a training run, finished or going on")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="configuration keys to change, such as evaluation.tasks=[knn]"
@@ -94,8 +92,8 @@ def evaluate(cfg: Config, folder: Path, measurements: Measurements, device: torc
     return not failed
 
 
-def run(args: argparse.Namespace) -> bool:
-    """Measure what there is, and with --follow what comes; returns whether nothing failed.
+def command(args: argparse.Namespace) -> int:
+    """Measure what there is, and with --follow what comes.
 
     Raises:
         ValueError: if the folder is no run, exports no teacher, or nothing of its tasks can be measured.
@@ -122,7 +120,7 @@ def run(args: argparse.Namespace) -> bool:
             break
         time.sleep(args.poll_seconds)
     print(f"{count} teachers measured: {folder / EVALUATION_NAME}")
-    return is_sound
+    return EXIT_DONE if is_sound else EXIT_FAILED
 
 
 def _is_measured(folder: Path, step: int) -> bool:
@@ -134,15 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     args = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    keep_freed_memory()
-    try:
-        return EXIT_DONE if run(args) else EXIT_FAILED
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on with the teachers that are left\n")
-        return EXIT_INTERRUPTED
+    return run_command(command, args)
 
 
 if __name__ == "__main__":

@@ -37,9 +37,8 @@ from dinov2_equi.evaluation.labelled import matching_labels
 from dinov2_equi.evaluation.results import write_results
 from dinov2_equi.evaluation.stored_features import dataset_digest, weights_digest
 from dinov2_equi.fsdp.checkpoint import CheckpointStore
-from dinov2_equi.fsdp.manifest import CheckpointError
 from dinov2_equi.logging.progress import training_progress
-from dinov2_equi.run.allocator import keep_freed_memory
+from dinov2_equi.run.command import EXIT_DONE, add_device, command_parser, run_command
 from dinov2_equi.run.load import FORMS, load_eval_model
 
 RESULTS_FILE, CLASSIFIER_FILE, CHECKPOINTS = "results.json", "classifier.pth", "checkpoints"
@@ -47,7 +46,7 @@ RESULTS_FILE, CLASSIFIER_FILE, CHECKPOINTS = "results.json", "classifier.pth", "
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--weights", required=True, metavar="WEIGHTS", help=f"one of: {FORMS}")
     add("--data", metavar="FOLDER", help="with train/ and val/, each with one sub-folder a class")
@@ -59,7 +58,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     names = ", ".join(f.name for f in dataclasses.fields(own) if f.name != "epochs")
     add("--set", nargs="*", default=[], metavar="NAME=VALUE", help=f"other settings of the recipe: {names}")
     add("--num-workers", type=int, default=0, help="processes that make crops")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     add("--output", type=Path, default=Path("finetune"), metavar="DIR", help="default: finetune")
     return parser.parse_args(argv)
 
@@ -133,18 +132,17 @@ def run(args: argparse.Namespace) -> FinetuneResult:
     return result
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the harness; a fault of the input ends in one line on stderr and exit status 1."""
-    args = parse_arguments(argv)
-    keep_freed_memory()
-    try:
-        result = run(args)
-    except (ValueError, OSError, ImportError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def command(args: argparse.Namespace) -> int:
+    """Fine-tune, and say what was reached."""
+    result = run(args)
     print(f"top-1 after {args.epochs} passes: {100 * result.top1[-1]:.1f} %")
     print(f"written: {args.output / RESULTS_FILE}, {args.output / CLASSIFIER_FILE}")
-    return 0
+    return EXIT_DONE
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command(command, parse_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from dinov2_equi.evaluation.results import write_results
 from dinov2_equi.evaluation.stored_features import stored_features
 from dinov2_equi.logging.console import get_console
 from dinov2_equi.logging.progress import training_progress
-from dinov2_equi.run.allocator import keep_freed_memory
+from dinov2_equi.run.command import EXIT_DONE, add_device, command_parser, run_command
 from dinov2_equi.run.load import FORMS, load_eval_models
 
 DEFAULT_CACHE = Path("~/.cache/dinov2_equi/features")
@@ -65,7 +65,7 @@ class Labels(NamedTuple):
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--weights", nargs="+", required=True, metavar="WEIGHTS", help=f"one or several of: {FORMS}")
     names = ", ".join(TASKS)
@@ -93,7 +93,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     task("--only-val-classes", action="store_true", help=only)
     task("--seed", type=int, default=0)
     add("--batch-size", type=int, default=64, help="images in one forward pass (default: 64)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     add("--output", type=Path, default=Path("classification"), metavar="DIR", help="default: classification")
     args = parser.parse_args(argv)
     if args.tasks is None:
@@ -197,20 +197,18 @@ def table_of(numbers: dict[str, dict[str, Numbers]], tasks: list[str]) -> Table:
     return table
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the harness; a fault of the input ends in one line on stderr and exit status 1."""
-    args = parse_arguments(argv)
-    keep_freed_memory()
-    try:
-        numbers = run(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    console = get_console()
-    console.print(table_of(numbers, args.tasks))
+def command(args: argparse.Namespace) -> int:
+    """Measure everything, and print the table."""
+    numbers = run(args)
+    get_console().print(table_of(numbers, args.tasks))
     print("Per cent. k-NN: the best k; linear: the best classifier on these images; few-shot: the most images a class.")
     print(f"written: {args.output / RESULTS_FILE}")
-    return 0
+    return EXIT_DONE
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command(command, parse_arguments(argv))
 
 
 if __name__ == "__main__":

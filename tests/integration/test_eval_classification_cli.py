@@ -104,7 +104,7 @@ def test_wrong_input_gives_a_traceback(
 ) -> None:
     words = [word.replace("FOLDER", str(folder)) for word in arguments]
     places = ("--output", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"))
-    assert script.main([*TINY, *words, *places]) == 1
+    assert script.main([*TINY, *words, *places]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
@@ -180,6 +180,6 @@ def test_wrong_recipe_gives_a_traceback(
     message: str,
 ) -> None:
     base = ("--weights", "random:vit_test_tiny/8", "--size", "32", "--data", str(folder))
-    assert finetune_script.main([*base, *words, "--output", str(tmp_path / "out")]) == 1
+    assert finetune_script.main([*base, *words, "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

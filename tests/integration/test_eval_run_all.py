@@ -131,7 +131,7 @@ def test_wrong_plan_gives_a_traceback(
     changes: dict[str, Any],
     message: str,
 ) -> None:
-    assert script.main([str(plan(**changes))]) == 1
+    assert script.main([str(plan(**changes))]) == 2
     assert message in capsys.readouterr().err
     assert started == []
 

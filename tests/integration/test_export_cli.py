@@ -115,7 +115,7 @@ def test_wrong_input_gives_a_traceback(
     message: str,
 ) -> None:
     words = [word.replace("PLAIN", str(weights["plain"])) for word in arguments]
-    assert main([*words, "--output", str(tmp_path / "out")]) == 1
+    assert main([*words, "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()

@@ -13,7 +13,8 @@ pair that is finished with the same arguments is not repeated, one that fails is
       classification: {script: eval/classification/run.py, arguments: --data FOLDER --tasks knn linear}
       equivariance: {script: eval/equivariance/run.py, arguments: --data FOLDER --seeds 0}
 
-Writes summary.md, summary.csv, summary.tex, summary.png and summary.json into OUTPUT.
+Writes summary.md, summary.csv, summary.tex, summary.json, summary.png with bars, and from three numbers a backbone on
+summary_radar.png, into OUTPUT.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ import yaml
 
 from dinov2_equi.evaluation.figures import figure_png
 from dinov2_equi.evaluation.results import write_results, write_text_atomically
-from dinov2_equi.evaluation.summary import as_csv, as_latex, as_markdown, bar_figure, headline_numbers
+from dinov2_equi.evaluation.summary import as_csv, as_latex, as_markdown, bar_figure, headline_numbers, radar_figure
 from dinov2_equi.run.command import EXIT_DONE, EXIT_FAILED, command_parser, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS_FILE, ARGUMENTS_FILE = "results.json", "arguments.json"
+RESULTS_FILE, ARGUMENTS_FILE, RADAR_FILE = "results.json", "arguments.json", "summary_radar.png"
 _SHOWN_CHARACTERS = 2000
 
 
@@ -120,6 +121,9 @@ def write_summary(output: Path, cells: dict[str, dict[str, float]], failed: dict
     write_text_atomically(output / "summary.csv", as_csv(cells))
     write_text_atomically(output / "summary.tex", as_latex(cells))
     (output / "summary.png").write_bytes(figure_png(bar_figure(cells)))
+    radar = radar_figure(cells)
+    if radar is not None:
+        (output / RADAR_FILE).write_bytes(figure_png(radar))
     settings = {"plan": yaml.safe_load(plan.read_text(encoding="utf-8"))}
     write_results(output / "summary.json", {"rows": cells, "failed": failed}, task="run_all", settings=settings)
 
@@ -139,7 +143,7 @@ def command(args: argparse.Namespace) -> int:
         print(f"{'FAILED' if name in failed else 'done'}: {name}", flush=True)
     if cells:
         write_summary(output, cells, failed, args.plan)
-        print("\n" + as_markdown(cells) + f"\nwritten: {output}/summary.md, .csv, .tex, .png, .json")
+        print("\n" + as_markdown(cells) + f"\nwritten: {output}/summary.md, .csv, .tex, .json, pictures")
     for name, reason in failed.items():
         print(f"\nFAILED: {name}\n{reason}", file=sys.stderr)
     return EXIT_FAILED if failed else EXIT_DONE

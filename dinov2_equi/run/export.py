@@ -21,7 +21,7 @@ if __package__ in (None, ""):  # started as a file: a clean clone needs the repo
 
 from dinov2_equi.evaluation.eval_model import EvalModel
 from dinov2_equi.evaluation.results import write_text_atomically
-from dinov2_equi.hub.exporters import EXPORTERS, RESAMPLED_OTHERWISE, TOLERANCE, Source, difference
+from dinov2_equi.hub.exporters import ANY_SIZE, EXPORTERS, RESAMPLED_OTHERWISE, TOLERANCE, Source, difference
 from dinov2_equi.models.vision_transformer import DinoVisionTransformer
 from dinov2_equi.run.command import EXIT_DONE, EXIT_FAILED, command_parser, run_command
 from dinov2_equi.run.load import FORMS, load_eval_model
@@ -44,7 +44,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the files")
     parser.add_argument("--name", help="of the files (default: that of the weights)")
-    parser.add_argument("--size", type=int, help="image side for onnx, torchscript, torch_export and the processor")
+    size = (
+        "image side in pixels that torchscript is fixed to and the image processor makes; onnx and torch_export take "
+        "any multiple of the patch size (default: the one the backbone was trained at)"
+    )
+    parser.add_argument("--size", type=int, help=size)
     return parser.parse_args(argv)
 
 
@@ -74,7 +78,10 @@ def export(source: Source, formats: Sequence[str], folder: Path) -> dict[str, fl
             found[name] = str(error)
             continue
         size = source.trained_size if name in RESAMPLED_OTHERWISE else source.size
-        found[name] = difference(source, run, size)
+        found[name] = difference(source, run, size, size)
+        if name in ANY_SIZE:  # also one that was not recorded
+            patch = source.backbone.patch_size
+            found[name] = max(found[name], difference(source, run, size + 2 * patch, source.trained_size))
     return found
 
 

@@ -13,7 +13,8 @@ pair that is finished with the same arguments is not repeated, one that fails is
       classification: {script: eval/classification/run.py, arguments: --data FOLDER --tasks knn linear}
       equivariance: {script: eval/equivariance/run.py, arguments: --data FOLDER --seeds 0}
 
-Writes summary.md, summary.csv, summary.tex, summary.png and summary.json into OUTPUT. Exit code 1: a pair failed.
+Writes summary.md, summary.csv, summary.tex, summary.json, summary.png with bars, and from three numbers a backbone on
+summary_radar.png, into OUTPUT.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ import yaml
 
 from dinov2_equi.evaluation.figures import figure_png
 from dinov2_equi.evaluation.results import write_results, write_text_atomically
-from dinov2_equi.evaluation.summary import as_csv, as_latex, as_markdown, bar_figure, headline_numbers
+from dinov2_equi.evaluation.summary import as_csv, as_latex, as_markdown, bar_figure, headline_numbers, radar_figure
+from dinov2_equi.run.command import EXIT_DONE, EXIT_FAILED, command_parser, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS_FILE, ARGUMENTS_FILE = "results.json", "arguments.json"
+RESULTS_FILE, ARGUMENTS_FILE, RADAR_FILE = "results.json", "arguments.json", "summary_radar.png"
 _SHOWN_CHARACTERS = 2000
 
 
@@ -66,7 +68,10 @@ def read_plan(path: Path) -> tuple[Path, list[Pair]]:
         ValueError: if a part is missing or of another kind; says which.
         OSError: if the file or a script cannot be read.
     """
-    plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(plan, dict):
         raise ValueError(f"{path} must hold output, models and tasks")
     for key, kind in (("output", str), ("models", dict), ("tasks", dict)):
@@ -116,37 +121,39 @@ def write_summary(output: Path, cells: dict[str, dict[str, float]], failed: dict
     write_text_atomically(output / "summary.csv", as_csv(cells))
     write_text_atomically(output / "summary.tex", as_latex(cells))
     (output / "summary.png").write_bytes(figure_png(bar_figure(cells)))
+    radar = radar_figure(cells)
+    if radar is not None:
+        (output / RADAR_FILE).write_bytes(figure_png(radar))
     settings = {"plan": yaml.safe_load(plan.read_text(encoding="utf-8"))}
     write_results(output / "summary.json", {"rows": cells, "failed": failed}, task="run_all", settings=settings)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure every pair and write the summary; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("plan", type=Path, metavar="CONFIG", help="YAML file with output, models and tasks")
-    args = parser.parse_args(argv)
+def command(args: argparse.Namespace) -> int:
+    """Measure every pair, write the summary, and say what failed."""
+    output, pairs = read_plan(args.plan)
     cells: dict[str, dict[str, float]] = {}
     failed: dict[str, str] = {}
-    try:
-        output, pairs = read_plan(args.plan)
-        for pair in pairs:
-            result = measure(pair)
-            name = f"{pair.model}, {pair.task}"
-            if isinstance(result, str):
-                failed[name] = result
-            else:
-                cells.setdefault(pair.model, {}).update(result)
-            print(f"{'FAILED' if name in failed else 'done'}: {name}", flush=True)
-        if cells:
-            write_summary(output, cells, failed, args.plan)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    for pair in pairs:
+        result = measure(pair)
+        name = f"{pair.model}, {pair.task}"
+        if isinstance(result, str):
+            failed[name] = result
+        else:
+            cells.setdefault(pair.model, {}).update(result)
+        print(f"{'FAILED' if name in failed else 'done'}: {name}", flush=True)
     if cells:
-        print("\n" + as_markdown(cells) + f"\nwritten: {output}/summary.md, .csv, .tex, .png, .json")
+        write_summary(output, cells, failed, args.plan)
+        print("\n" + as_markdown(cells) + f"\nwritten: {output}/summary.md, .csv, .tex, .json, pictures")
     for name, reason in failed.items():
         print(f"\nFAILED: {name}\n{reason}", file=sys.stderr)
-    return 1 if failed else 0
+    return EXIT_FAILED if failed else EXIT_DONE
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    parser = command_parser(__doc__)
+    parser.add_argument("plan", type=Path, metavar="CONFIG", help="YAML file with output, models and tasks")
+    return run_command(command, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

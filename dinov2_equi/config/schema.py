@@ -522,6 +522,10 @@ class EvaluationConfig:
     """What is measured of the teacher while training, of `knn`, `linear` and `equivariance`; logged as `eval/*`. The
     first two need classes, the last held-back images; what cannot be measured is left out. A failure stops nothing."""
 
+    in_process: bool = True
+    """Measure in the training's process, which waits. false: it only exports, and `run/evaluate.py RUN --follow`
+    measures as a job of its own."""
+
     train_dataset_path: str = ""
     """Labelled images for `knn` and `linear`, in the form of `train.dataset_path`; empty: the training images."""
 

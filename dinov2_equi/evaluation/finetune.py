@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import logging
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +21,10 @@ from dinov2_equi.data.datasets.base import ImageDataset
 from dinov2_equi.data.samplers import RandomStream, random_generator
 from dinov2_equi.data.transforms import EvalTransform, normalize
 from dinov2_equi.evaluation.eval_model import EvalModel
+from dinov2_equi.fsdp.checkpoint import CheckpointStore, flatten_optimizer, restore_optimizer_
 from dinov2_equi.models.vision_transformer import DinoVisionTransformer
+
+logger = logging.getLogger(__name__)
 
 REFERENCE_BATCH = 256
 _BLOCK = re.compile(r"^backbone\.blocks\.(?:\d+\.)?(\d+)\.")
@@ -138,11 +144,13 @@ def parameter_groups(classifier: Classifier, settings: FinetuneSettings) -> list
             (layer, decays),
             {
                 "params": [],
+                "names": [],
                 "lr": lr * settings.layer_decay ** (depth + 1 - layer),
                 "weight_decay": settings.weight_decay if decays else 0.0,
             },
         )
         group["params"].append(parameter)
+        group["names"].append(name)
     return list(groups.values())
 
 
@@ -213,8 +221,13 @@ def finetune(
     device: torch.device | str = "cpu",
     num_workers: int = 0,
     on_step: Callable[[float], None] | None = None,
+    store: CheckpointStore | None = None,
+    identity: Mapping[str, Any] | None = None,
 ) -> FinetuneResult:
     """Train a classifier, and measure it after each pass.
+
+    With a store everything is kept after each pass, and a stopped training goes on after the last whole one: on a CPU
+    to the same weights, bit for bit, as without the stop.
 
     Args:
         classifier: changed in place; its weights live on `device`.
@@ -224,30 +237,85 @@ def finetune(
         device: where to compute.
         num_workers: processes that make crops.
         on_step: called with the loss of each step.
+        store: of checkpoints, numbered by finished passes; None keeps none.
+        identity: JSON values, what else has to be the same to go on: weights at the start, images, their size.
 
     Raises:
-        ValueError: for settings out of range, fewer images than a batch, or a loss that is not finite.
+        ValueError: for settings out of range, fewer images than a batch, a loss that is not finite, or a store that
+            holds another fine-tuning.
+        CheckpointError: if a checkpoint cannot be written, or none of those there can be read.
     """
     settings.check()
     steps_an_epoch = len(train) // settings.batch_size
     if not steps_an_epoch:
         raise ValueError(f"expected at least one batch of {settings.batch_size} images, got {len(train)} images")
     optimizer = torch.optim.AdamW(parameter_groups(classifier, settings), betas=(0.9, 0.999), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(settings, steps_an_epoch))
-    mix = _mixing(settings, classifier.head.out_features)
-    result = FinetuneResult()
-    for epoch in range(settings.epochs):
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    factor = _warmup_cosine(settings, steps_an_epoch)
+    training = _Training(classifier, optimizer, Mixing(settings, classifier.head.out_features), FinetuneResult())
+    facts = json.loads(json.dumps({"settings": dataclasses.asdict(settings), **(identity or {})}))
+    result = training.result
+    for epoch in range(training.resume(store, facts), settings.epochs):
         classifier.train()
         losses = []
-        for images, labels in _batches(train, settings, epoch, num_workers):
-            loss = _step(classifier, optimizer, settings, *mix(images.to(device), labels.to(device)))
-            schedule.step()
+        for step, (images, labels) in enumerate(
+            _batches(train, settings, epoch, num_workers), start=epoch * steps_an_epoch
+        ):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor(step)
+            loss = _step(classifier, optimizer, settings, *training.mix(images.to(device), labels.to(device)))
             losses.append(loss)
             if on_step is not None:
                 on_step(loss)
         result.train_loss.append(math.fsum(losses) / len(losses))
         result.top1.append(accuracy(classifier, val, device=device, batch_size=settings.batch_size))
+        training.save(store, epoch + 1, facts)
     return result
+
+
+@dataclass
+class _Training:
+    """All that changes while a classifier is fine-tuned."""
+
+    classifier: Classifier
+    optimizer: torch.optim.AdamW
+    mix: Mixing
+    result: FinetuneResult
+
+    def save(self, store: CheckpointStore | None, epoch: int, facts: Mapping[str, Any]) -> None:
+        """Keep everything after `epoch` passes."""
+        if store is None:
+            return
+        moments, names = flatten_optimizer(self.optimizer)
+        tensors = {"model": self.classifier.state_dict(), "optimizer": moments, "random": {"mixing": self.mix.state}}
+        store.save(epoch, tensors, {"facts": facts, "optimizer": names, "result": dataclasses.asdict(self.result)})
+
+    def resume(self, store: CheckpointStore | None, facts: Mapping[str, Any]) -> int:
+        """Take over the newest sound checkpoint where there is one, and return how many passes are done."""
+        if store is None or store.latest_step() is None:
+            return 0
+        checkpoint = store.load()
+        found = checkpoint.state["facts"]
+        if found != facts:
+            raise ValueError(
+                f"{store.directory} holds another fine-tuning ({_differences(found, facts)}); choose another folder, "
+                "or remove this one"
+            )
+        self.classifier.load_state_dict(checkpoint.tensors["model"])
+        restore_optimizer_(self.optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
+        self.mix.state = checkpoint.tensors["random"]["mixing"]
+        self.result.top1 += checkpoint.state["result"]["top1"]
+        self.result.train_loss += checkpoint.state["result"]["train_loss"]
+        logger.info("going on after pass %d from %s", checkpoint.step, checkpoint.path)
+        return checkpoint.step
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Return what differs between two fine-tunings: settings with both values, else the name alone."""
+    before, now = found.get("settings", {}), wanted["settings"]
+    parts = [f"{name} {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]]
+    parts += [f"other {name}" for name in wanted if name != "settings" and found.get(name) != wanted[name]]
+    return "; ".join(parts)
 
 
 def _warmup_cosine(settings: FinetuneSettings, steps_an_epoch: int) -> Callable[[int], float]:
@@ -272,27 +340,32 @@ def _batches(
     return iter(loader)
 
 
-def _mixing(settings: FinetuneSettings, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return what mixes the images of a batch and their labels, from its own random state."""
-    kinds: list[nn.Module] = []
-    if settings.mixup > 0:
-        kinds.append(v2.MixUp(alpha=settings.mixup, num_classes=num_classes))
-    if settings.cutmix > 0:
-        kinds.append(v2.CutMix(alpha=settings.cutmix, num_classes=num_classes))
-    if not kinds:
-        return lambda images, labels: (images, labels)
-    choice = v2.RandomChoice(kinds)
-    state = torch.Generator().manual_seed(settings.seed).get_state()
+class Mixing:
+    """Mixes the images of a batch and their labels, from a random state of its own.
 
-    def mix(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        nonlocal state
+    Args:
+        settings: The recipe; without mixup and CutMix nothing is done.
+        num_classes: C.
+    """
+
+    def __init__(self, settings: FinetuneSettings, num_classes: int) -> None:
+        kinds: list[nn.Module] = []
+        if settings.mixup > 0:
+            kinds.append(v2.MixUp(alpha=settings.mixup, num_classes=num_classes))
+        if settings.cutmix > 0:
+            kinds.append(v2.CutMix(alpha=settings.cutmix, num_classes=num_classes))
+        self._choice = v2.RandomChoice(kinds) if kinds else None
+        self.state = torch.Generator().manual_seed(settings.seed).get_state()
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images [B, 3, H, W] and labels [B, C]; labels [B] as they came where nothing is mixed."""
+        if self._choice is None:
+            return images, labels
         with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(state)
-            mixed: tuple[Tensor, Tensor] = choice(images, labels)
-            state = torch.get_rng_state()
+            torch.set_rng_state(self.state)
+            mixed: tuple[Tensor, Tensor] = self._choice(images, labels)
+            self.state = torch.get_rng_state()
         return mixed
-
-    return mix
 
 
 def _step(

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dinov2_equi.evaluation.accepted_labels import is_right
+
 DEFAULT_KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 
@@ -37,7 +39,8 @@ def weighted_knn(
         train_features: [R, F], any float type, not necessarily normalised.
         train_labels: [R] integers >= 0.
         test_features: [n, F], on the device of `train_features`.
-        test_labels: [n] integers >= 0; a class absent from the training labels is always wrong.
+        test_labels: [n] integers >= 0; a class absent from the training labels is always wrong. Or [n, C] bool, the
+            classes that are accepted for each image, C those of the training labels.
         ks: numbers of neighbours.
         temperature: softness of the votes; DINOv2 uses 0.07.
         chunk_size: test images compared at a time.
@@ -63,7 +66,7 @@ def weighted_knn(
         for k in ks:
             votes = weights.new_zeros(len(chunk), num_classes)
             votes.scatter_add_(1, neighbour_labels[:, :k], weights[:, :k])
-            num_correct[k] += int((votes.argmax(dim=1) == labels).sum())
+            num_correct[k] += int(is_right(votes.argmax(dim=1), labels).sum())
     return {k: correct / len(test_features) for k, correct in num_correct.items()}
 
 
@@ -86,12 +89,19 @@ def _nearest(test: Tensor, train: Tensor, k: int, chunk_size: int) -> tuple[Tens
 
 def _check_sets(train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor) -> None:
     for name, features, labels in (("train", train_features, train_labels), ("test", test_features, test_labels)):
-        if features.ndim != 2 or labels.shape != features.shape[:1] or len(features) == 0:
+        is_plain = labels.ndim == 1 or name == "train"
+        has_shapes = features.ndim == 2 and labels.ndim == (1 if is_plain else 2)
+        if not has_shapes or labels.shape[:1] != features.shape[:1] or len(features) == 0:
             raise ValueError(
                 f"expected {name} features [n, F] with labels [n] and n >= 1, got features {list(features.shape)} "
                 f"and labels {list(labels.shape)}"
             )
-        if labels.is_floating_point() or int(labels.min()) < 0:
+        if not is_plain and (labels.dtype != torch.bool or labels.shape[1:] != (int(train_labels.max()) + 1,)):
+            raise ValueError(
+                f"expected accepted classes [n, {int(train_labels.max()) + 1}] bool, got {list(labels.shape)} of "
+                f"{labels.dtype}"
+            )
+        if is_plain and (labels.is_floating_point() or int(labels.min()) < 0):
             raise ValueError(
                 f"expected {name} labels to be integers >= 0, got {labels.dtype} from {labels.min().item()}"
             )

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dinov2_equi.evaluation.accepted_labels import is_right
 from dinov2_equi.evaluation.eval_model import BlockTokens
 
-DEFAULT_LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
-"""DINOv2's, for a batch of 256 images; they scale with the batch."""
+DEFAULT_LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
+"""DINOv2's up to 0.1, and what small data sets need beyond; for a batch of 256 images, with which they scale."""
 
 REFERENCE_BATCH = 256
 MOMENTUM = 0.9
@@ -122,11 +123,14 @@ class LinearSweep(nn.Module):
 
     @torch.no_grad()
     def num_correct(self, tokens: BlockTokens, labels: Tensor, allowed: Tensor | None = None) -> Tensor:
-        """Return how many of [B] labels each classifier finds, [H, L] int64; `allowed` [C] bool hides other classes."""
+        """Return how many images each classifier gets right, [H, L] int64; `allowed` [C] bool hides other classes.
+
+        Labels are [B] class numbers, or [B, C] bool of the classes that are accepted.
+        """
         logits = self(tokens)
         if allowed is not None:
             logits = logits.masked_fill(~allowed, -math.inf)
-        return torch.eq(logits.argmax(dim=3), labels).sum(dim=2)
+        return is_right(logits.argmax(dim=3), labels).sum(dim=2)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional as F
 
+from dinov2_equi.evaluation.accepted_labels import is_right
+
 DEFAULT_CS = tuple(10.0**exponent for exponent in range(-6, 6))
 """The range of DINOv2's sweep, one value a decade."""
 
@@ -33,11 +35,14 @@ class LinearModel:
     """[C] float32."""
 
     def accuracy(self, features: Tensor, labels: Tensor, allowed: Tensor | None = None) -> float:
-        """Return the share of labels [n] that the features [n, F] lead to; `allowed` [C] bool hides other classes."""
+        """Return the share of features [n, F] with a right answer; `allowed` [C] bool hides other classes.
+
+        Labels are [n] class numbers, or [n, C] bool of the classes that are accepted.
+        """
         logits = features.float() @ self.weight.T + self.bias
         if allowed is not None:
             logits = logits.masked_fill(~allowed, -math.inf)
-        return float((logits.argmax(dim=1) == labels).double().mean())
+        return float(is_right(logits.argmax(dim=1), labels).double().mean())
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,8 @@ def log_regression(
         train_features: [R, F], on the device where to compute.
         train_labels: [R] integers from 0.
         test_features: [n, F].
-        test_labels: [n]; a class absent from the training labels is always wrong.
+        test_labels: [n]; a class absent from the training labels is always wrong. Or [n, C] bool, the classes that are
+            accepted for each image.
         cs: values to choose from; a single one is taken as it is.
         seed: which training images are held back.
         allowed: [C] bool, the classes that a test image can be of; None: all.

@@ -57,6 +57,10 @@ class StoredFeatures:
             raise ValueError(f"no features {name!r}; choose cls, patch_mean or both")
         return torch.from_numpy(np.concatenate(parts[name], axis=1).astype(np.float32))
 
+    def take(self, rows: npt.NDArray[np.int64]) -> StoredFeatures:
+        """Return the features of some images, in memory."""
+        return StoredFeatures(self.cls[rows], self.patch_mean[rows])
+
     def batch(self, rows: npt.NDArray[np.int64]) -> BlockTokens:
         """Return the tokens of some images, float32."""
         cls, mean = (np.asarray(array[rows], dtype=np.float32) for array in (self.cls, self.patch_mean))

@@ -14,6 +14,8 @@ from tabulate import tabulate
 from dinov2_equi.evaluation.classification import TASKS
 from dinov2_equi.evaluation.figures import INK, SERIES_COLORS, plot_axes
 
+LEAST_RADAR_COLUMNS = 3
+
 Document = Mapping[str, Any]
 """A results file, as `write_results` wrote it."""
 
@@ -140,6 +142,41 @@ def bar_figure(cells: Cells) -> Figure:
     axes.set_xticks(range(len(titles)), titles, rotation=20, ha="right")
     axes.set_ylim(-0.32 if any(h < 0 for row in cells.values() for h in _heights(row, titles)) else 0.0, 1.02)
     axes.legend(frameon=False, labelcolor=INK, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def radar_figure(cells: Cells) -> Figure | None:
+    """Return one axis for each column and one closed line a backbone; a number below 0 lies in the centre.
+
+    Axes go from 0 to 1. A backbone that lacks a number has a gap there. None for fewer than three columns, which make
+    no area.
+    """
+    titles = columns_of(cells)
+    if len(titles) < LEAST_RADAR_COLUMNS:
+        return None
+    angles = [2 * math.pi * index / len(titles) for index in range(len(titles))]
+    figure = Figure(figsize=(7.0, 5.6))
+    axes: Any = figure.add_axes((0.25, 0.26, 0.5, 0.625), projection="polar")  # room for titles on both sides
+    axes.set_theta_offset(math.pi / 2)  # the first column points up,
+    axes.set_theta_direction(-1)  # the others follow clockwise
+    for index, (name, row) in enumerate(cells.items()):
+        color = SERIES_COLORS[index % len(SERIES_COLORS)]
+        radii = [max(row.get(title, math.nan), 0.0) if title in row else math.nan for title in titles]
+        axes.plot([*angles, angles[0]], [*radii, radii[0]], color=color, linewidth=1.8, marker="o", ms=4, label=name)
+        if not any(map(math.isnan, radii)):
+            axes.fill(angles, radii, color=color, alpha=0.10)
+    axes.set_ylim(0, 1)
+    axes.set_yticks([0.25, 0.5, 0.75, 1.0], ["", "0.5", "", "1"])
+    axes.set_rlabel_position(180 / len(titles))  # between two axes
+    axes.set_xticks(angles, titles)
+    axes.tick_params(colors=INK, labelsize=10, pad=4)
+    for label, angle in zip(axes.get_xticklabels(), angles, strict=True):
+        side = math.sin(angle)  # above 0: on the right
+        label.set_horizontalalignment("center" if abs(side) < 0.1 else "left" if side > 0 else "right")
+    axes.grid(color=INK, alpha=0.18, linewidth=0.8)
+    axes.spines["polar"].set_color(INK)
+    axes.spines["polar"].set_alpha(0.3)
+    figure.legend(frameon=False, labelcolor=INK, fontsize=9, loc="lower center", ncols=min(3, len(cells)))
     return figure
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import json
 import warnings
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinov2_equi.hub.any_size import positions_of_any_size
 from dinov2_equi.models.layouts import to_timm, to_transformers
 from dinov2_equi.models.registry import ARCHS, build_backbone
 from dinov2_equi.models.vision_transformer import DinoVisionTransformer
@@ -197,15 +199,20 @@ def export_timm(source: Source, folder: Path) -> Run:
 
 
 def export_onnx(source: Source, folder: Path) -> Run:
-    """Write `NAME.onnx`: input `image` [batch, 3, size, size], outputs `cls` and `patches`; any batch, one size."""
+    """Write `NAME.onnx`: input `image` [batch, 3, height, width], outputs `cls` and `patches`; any batch and size.
+
+    Height and width are multiples of the patch size, two patches or more. The position embedding is interpolated as by
+    the source.
+    """
     _import("onnxscript")
     runtime = _import("onnxruntime")
     path = folder / f"{source.name}.onnx"
+    side = source.size
     program = torch.onnx.export(
-        _of_one_size(source),
-        (_example(source),),
+        _of_any_size(source),
+        (torch.zeros(2, 3, side, side + source.backbone.patch_size),),  # not square, so that the axes stay apart
         dynamo=True,
-        dynamic_shapes={"x": {0: "batch"}},
+        dynamic_shapes={"x": _any_shape(source)},
         input_names=["image"],
         output_names=["cls", "patches"],
         verbose=False,
@@ -233,10 +240,11 @@ def export_torchscript(source: Source, folder: Path) -> Run:
 
 
 def export_torch_export(source: Source, folder: Path) -> Run:
-    """Write `NAME.pt2` by `torch.export`: any batch, one size. Loads without this package."""
+    """Write `NAME.pt2` by `torch.export`: any batch and size, as `export_onnx`. Loads without this package."""
     path = folder / f"{source.name}.pt2"
-    batch = torch.export.Dim("batch", min=1, max=4096)
-    program = torch.export.export(_of_one_size(source), (_example(source),), dynamic_shapes={"x": {0: batch}})
+    side = source.size
+    images = torch.zeros(2, 3, side, side + source.backbone.patch_size)
+    program = torch.export.export(_of_any_size(source), (images,), dynamic_shapes={"x": _any_shape(source)})
     torch.export.save(program, path)
     again: Run = torch.export.load(path).module()
     return again
@@ -250,6 +258,22 @@ def _of_one_size(source: Source) -> TokenOutputs:
     backbone.pos_embed = nn.Parameter(positions.clone())
     backbone.patch_embed.patches_resolution = backbone.patch_embed.grid_size(source.size, source.size)
     return TokenOutputs(backbone).eval()
+
+
+def _of_any_size(source: Source) -> TokenOutputs:
+    """Return the backbone with a position embedding whose interpolation can be recorded for all sizes at once."""
+    backbone = copy.deepcopy(source.backbone)
+    backbone.interpolate_pos_encoding = functools.partial(  # type: ignore[method-assign]
+        positions_of_any_size, backbone
+    )
+    return TokenOutputs(backbone).eval()
+
+
+def _any_shape(source: Source) -> dict[int, Any]:
+    """Return which axes of the images are open: their number, and rows and columns in whole patches, two or more."""
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    rows, columns = (torch.export.Dim(name, min=2, max=1024) for name in ("rows", "columns"))
+    return {0: batch, 2: source.backbone.patch_size * rows, 3: source.backbone.patch_size * columns}
 
 
 def _example(source: Source) -> Tensor:
@@ -271,10 +295,14 @@ RESAMPLED_OTHERWISE = ("transformers", "timm")
 """Formats that resample the position embedding in their own way: alike only at the size it was made for."""
 
 
+ANY_SIZE = ("onnx", "torch_export")
+"""Formats that record a computation, and leave the size of the images open."""
+
+
 @torch.no_grad()
-def difference(source: Source, run: Run, size: int) -> float:
-    """Return the largest difference between the tokens of source and export on random images of a side, pixels."""
-    x = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+def difference(source: Source, run: Run, height: int, width: int) -> float:
+    """Return the largest difference between the tokens of source and export on random images of a size, pixels."""
+    x = torch.randn(3, 3, height, width, generator=torch.Generator().manual_seed(0))
     pairs = zip(TokenOutputs(source.backbone)(x), run(x), strict=True)
     return max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
 

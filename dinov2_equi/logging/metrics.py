@@ -79,14 +79,49 @@ def _truncate(path: Path, start_step: int) -> None:
     partial.replace(path)
 
 
-def _open_tensorboard(directory: Path, start_step: int) -> SummaryWriter | None:
-    """Return a writer that hides what an earlier run wrote from ``start_step`` on; None without TensorBoard."""
+def _open_tensorboard(directory: Path, start_step: int | None) -> SummaryWriter | None:
+    """Return a writer that hides what is there from ``start_step`` on, where given; None without TensorBoard."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         logger.info("TensorBoard is not installed (%s); metrics go to %s only", error, METRICS_NAME)
         return None
     return SummaryWriter(str(directory), purge_step=start_step)
+
+
+def _append_evaluation(output_dir: Path, step: int, scalars: Mapping[str, Any]) -> None:
+    with (output_dir / EVALUATION_NAME).open("a", encoding="utf-8", newline="\n") as file:
+        file.write(_format_line(step, scalars))
+
+
+class EvaluationWriter:
+    """Writes evaluations of a run from a process beside its training, whose files stay as they are.
+
+    Args:
+        output_dir: the run's folder.
+        tensorboard: also write event files under ``tensorboard/evaluation/``, if that package is installed.
+    """
+
+    def __init__(self, output_dir: Path, tensorboard: bool = False) -> None:
+        self._output_dir = output_dir
+        folder = output_dir / TENSORBOARD_NAME / "evaluation"
+        self._tensorboard = _open_tensorboard(folder, None) if tensorboard else None
+
+    def write_evaluation(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Append one line to the file of evaluations; see `MetricWriter.write`."""
+        _append_evaluation(self._output_dir, step, scalars)
+        if self._tensorboard is not None:
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, float(value), step)
+
+    def __enter__(self) -> EvaluationWriter:
+        """Return the writer itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Flush and close the event file."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
 
 class MetricWriter:
@@ -122,8 +157,7 @@ class MetricWriter:
 
     def write_evaluation(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Append one line to the file of evaluations; as `write`."""
-        with (self._output_dir / EVALUATION_NAME).open("a", encoding="utf-8", newline="\n") as file:
-            file.write(_format_line(step, scalars))
+        _append_evaluation(self._output_dir, step, scalars)
         self._add_scalars(step, scalars)
 
     def _add_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from dinov2_equi.config.schema import Config
 from dinov2_equi.data.datasets.base import ImageDataset
@@ -36,7 +37,10 @@ QUICK_EPOCHS = 3
 QUICK_LEARNING_RATES = (0.01, 0.1, 1.0)
 BEST, BEST_RECORD = "best", "best.json"
 
-Measurement = Callable[[SSLMetaArch], dict[str, float]]
+Measurement = Callable[[nn.Module], dict[str, float]]
+"""From a teacher's backbone, on the device it computes on, to numbers by name."""
+
+Measurements = Mapping[str, Measurement]
 
 
 @dataclass(frozen=True)
@@ -67,30 +71,53 @@ def evaluation_hook(
     Raises:
         DatasetError: if `evaluation.train_dataset_path` or `val_dataset_path` is wrong.
     """
-    if cfg.evaluation.eval_period_iterations == 0:
+    if cfg.evaluation.eval_period_iterations == 0 or not cfg.evaluation.in_process:
         return None
-    measurements = _measurements(cfg, _choose_sets(cfg, dataset, holdout), device)
+    measurements = prepare_measurements(cfg, dataset, holdout, device=device)
     if not measurements:
         return None
-    devices = [device] if device.type == "cuda" else []
 
     def measure(model: SSLMetaArch, step: int, writer: MetricWriter) -> None:
-        started = time.perf_counter()
-        scalars: dict[str, float] = {}
-        with torch.random.fork_rng(devices=devices):
-            for name, measurement in measurements.items():
-                try:
-                    scalars |= measurement(model)
-                except Exception as error:  # whatever an evaluation does wrong, the training goes on
-                    logger.warning("evaluation %r after step %d failed, the training goes on: %s", name, step, error)
-                    logger.debug("the evaluation failed here", exc_info=True)
-        scalars["seconds"] = time.perf_counter() - started
+        scalars, _ = measure_all(measurements, model.teacher["backbone"], step=step, device=device)
         writer.write_evaluation(step - 1, {f"eval/{name}": value for name, value in scalars.items()})
         shown = ", ".join(f"{name} {value:.3f}" for name, value in scalars.items())
         logger.info("after step %d: %s", step, shown)
-        _keep_best(cfg.evaluation.best_metric, scalars, output_dir, step)
+        keep_best(cfg.evaluation.best_metric, scalars, output_dir, step)
 
     return measure
+
+
+def prepare_measurements(
+    cfg: Config, dataset: ImageDataset, holdout: ImageDataset | None, *, device: torch.device
+) -> Measurements:
+    """Return what can be measured of what `evaluation.tasks` asks for, by name.
+
+    Raises:
+        DatasetError: if `evaluation.train_dataset_path` or `val_dataset_path` is wrong.
+    """
+    return _measurements(cfg, _choose_sets(cfg, dataset, holdout), device)
+
+
+def measure_all(
+    measurements: Measurements, backbone: nn.Module, *, step: int, device: torch.device
+) -> tuple[dict[str, float], list[str]]:
+    """Return what was found of the teacher after a step with the `seconds` it took, and the names of what failed.
+
+    What fails is logged and left out of the numbers. The caller's random state is not moved.
+    """
+    started = time.perf_counter()
+    scalars: dict[str, float] = {}
+    failed: list[str] = []
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for name, measurement in measurements.items():
+            try:
+                scalars |= measurement(backbone)
+            except Exception as error:  # whatever an evaluation does wrong, the training goes on
+                failed.append(name)
+                logger.warning("evaluation %r after step %d failed, the training goes on: %s", name, step, error)
+                logger.debug("the evaluation failed here", exc_info=True)
+    scalars["seconds"] = time.perf_counter() - started
+    return scalars, failed
 
 
 def _choose_sets(cfg: Config, dataset: ImageDataset, holdout: ImageDataset | None) -> Sets:
@@ -129,10 +156,10 @@ def _classification(
         device=str(device),
     )
 
-    def measure(model: SSLMetaArch) -> dict[str, float]:
+    def measure(backbone: nn.Module) -> dict[str, float]:
         teacher = EvalModel(
             name="teacher",
-            backbone=model.teacher["backbone"],
+            backbone=backbone,
             patch_size=cfg.student.patch_size,
             mean=tuple(cfg.data.mean),
             std=tuple(cfg.data.std),
@@ -148,15 +175,14 @@ def _classification(
 
 
 def _equivariance(cfg: Config, sets: tuple[ImageDataset, ImageDataset], device: torch.device) -> Measurement:
-    def measure(model: SSLMetaArch) -> dict[str, float]:
-        teacher = model.teacher["backbone"]
-        probe = run_probe(cfg, before=None, after=teacher, train_set=sets[0], test_set=sets[1], device=device)
+    def measure(backbone: nn.Module) -> dict[str, float]:
+        probe = run_probe(cfg, before=None, after=backbone, train_set=sets[0], test_set=sets[1], device=device)
         return {"r2_rotation": probe.after.r2_pooled}
 
     return measure
 
 
-def _keep_best(metric: str, scalars: Mapping[str, float], output_dir: Path, step: int) -> None:
+def keep_best(metric: str, scalars: Mapping[str, float], output_dir: Path, step: int) -> None:
     """Copy the teacher that was just exported to `best/` where it is better than the one that is there.
 
     The record is written once the copy is whole, and earlier copies go after that: a kill leaves the old or the new.

@@ -21,8 +21,9 @@ if __package__ in (None, ""):  # started as a file: a clean clone needs the repo
 
 from dinov2_equi.evaluation.eval_model import EvalModel
 from dinov2_equi.evaluation.results import write_text_atomically
-from dinov2_equi.hub.exporters import EXPORTERS, RESAMPLED_OTHERWISE, TOLERANCE, Source, difference
+from dinov2_equi.hub.exporters import ANY_SIZE, EXPORTERS, RESAMPLED_OTHERWISE, TOLERANCE, Source, difference
 from dinov2_equi.models.vision_transformer import DinoVisionTransformer
+from dinov2_equi.run.command import EXIT_DONE, EXIT_FAILED, command_parser, run_command
 from dinov2_equi.run.load import FORMS, load_eval_model
 from dinov2_equi.run.model_card import model_card
 
@@ -31,7 +32,7 @@ DEFAULT_FORMATS = ("safetensors", "pth")
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--weights", required=True, metavar="WEIGHTS", help=f"one of: {FORMS}")
     parser.add_argument(
         "--formats",
@@ -43,7 +44,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the files")
     parser.add_argument("--name", help="of the files (default: that of the weights)")
-    parser.add_argument("--size", type=int, help="image side for onnx, torchscript, torch_export and the processor")
+    size = (
+        "image side in pixels that torchscript is fixed to and the image processor makes; onnx and torch_export take "
+        "any multiple of the patch size (default: the one the backbone was trained at)"
+    )
+    parser.add_argument("--size", type=int, help=size)
     return parser.parse_args(argv)
 
 
@@ -73,20 +78,18 @@ def export(source: Source, formats: Sequence[str], folder: Path) -> dict[str, fl
             found[name] = str(error)
             continue
         size = source.trained_size if name in RESAMPLED_OTHERWISE else source.size
-        found[name] = difference(source, run, size)
+        found[name] = difference(source, run, size, size)
+        if name in ANY_SIZE:  # also one that was not recorded
+            patch = source.backbone.patch_size
+            found[name] = max(found[name], difference(source, run, size + 2 * patch, source.trained_size))
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Export and check; return the exit code."""
-    args = parse_arguments(argv)
+def command(args: argparse.Namespace) -> int:
+    """Export and check, write the model card, and say what came of each format."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    try:
-        source = make_source(args, load_eval_model(args.weights))
-        found = export(source, args.formats, args.output)
-    except (ValueError, OSError, ImportError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
+    source = make_source(args, load_eval_model(args.weights))
+    found = export(source, args.formats, args.output)
     write_text_atomically(args.output / "README.md", model_card(source, args.weights, found))
     is_sound = True
     for name, result in found.items():
@@ -95,7 +98,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         what = f"not written: {result}" if isinstance(result, str) else f"largest difference {result:.1e}"
         print(f"{name:<14}{what}{'' if is_same or isinstance(result, str) else '  TOO LARGE'}")
     print(f"written to {args.output}")
-    return 0 if is_sound else 1
+    return EXIT_DONE if is_sound else EXIT_FAILED
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command(command, parse_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from dinov2_equi.data.transforms import EvalTransform
 from dinov2_equi.evaluation.eval_model import HALF_FEATURES, PLAIN_FEATURES, EvalModel, select_features
 from dinov2_equi.evaluation.labelled import image_batches
 from dinov2_equi.logging.progress import training_progress
-from dinov2_equi.run.allocator import keep_freed_memory
+from dinov2_equi.run.command import EXIT_DONE, add_device, command_parser, run_command
 from dinov2_equi.run.load import FORMS, load_eval_model
 
 SUFFIXES = (".parquet", ".npy", ".pt")
@@ -39,7 +39,7 @@ SUFFIXES = (".parquet", ".npy", ".pt")
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("data", metavar="FOLDER", help="images, or a data set of the training configuration")
     parser.add_argument("--weights", required=True, metavar="WEIGHTS", help=f"one of: {FORMS}")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=f"ends in {', '.join(SUFFIXES)}")
@@ -48,7 +48,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, help="image side, pixels (default: the one the backbone was trained at)")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--num-workers", type=int, default=0, help="processes that decode images")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     return parser.parse_args(argv)
 
 
@@ -108,23 +108,22 @@ def _pyarrow() -> Any:
         raise ImportError(f"a .parquet file needs the package pyarrow: pip install pyarrow ({error})") from error
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; a fault of the input ends in one line on stderr and exit status 1."""
-    args = parse_arguments(argv)
-    keep_freed_memory()
-    try:
-        if args.out.suffix not in SUFFIXES:
-            raise ValueError(f"--out must end in {', '.join(SUFFIXES)}, got {args.out}")
-        if args.out.suffix == ".parquet":
-            _pyarrow()  # before the images are read
-        dataset = make_dataset(args.data)
-        features = extract(args, load_eval_model(args.weights, size=args.size), dataset)
-        write(args.out, [dataset.name(index) for index in range(len(dataset))], features)
-    except (ValueError, OSError, ImportError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
+def command(args: argparse.Namespace) -> int:
+    """Compute the features and write them."""
+    if args.out.suffix not in SUFFIXES:
+        raise ValueError(f"--out must end in {', '.join(SUFFIXES)}, got {args.out}")
+    if args.out.suffix == ".parquet":
+        _pyarrow()  # before the images are read
+    dataset = make_dataset(args.data)
+    features = extract(args, load_eval_model(args.weights, size=args.size), dataset)
+    write(args.out, [dataset.name(index) for index in range(len(dataset))], features)
     print(f"{len(features)} images, {features.shape[1]} features each: {args.out}")
-    return 0
+    return EXIT_DONE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command(command, parse_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -113,13 +113,22 @@ def load_run(folder: Path) -> EvalModel:
         ValueError: if configuration and weights do not belong together.
     """
     cfg = load_run_config(folder / CONFIG_FILE)
-    backbone = load_backbone(
+    return _from_config(folder.resolve().name, cfg, load_teacher(cfg, folder), _trained_split(cfg, folder))
+
+
+def load_teacher(cfg: Config, folder: Path) -> DinoVisionTransformer:
+    """Return the backbone of the teacher that a training exported into a folder, in evaluation mode on the CPU.
+
+    Raises:
+        OSError: if there are no weights.
+        ValueError: if configuration and weights do not belong together.
+    """
+    return load_backbone(
         folder / BACKBONE_FILE,
         arch=cfg.student.arch,
         interpolate_offset=cfg.student.interpolate_offset,
         interpolate_antialias=cfg.student.interpolate_antialias,
     )
-    return _from_config(folder.resolve().name, cfg, backbone, _trained_split(cfg, folder))
 
 
 def load_initial(folder: Path) -> EvalModel:

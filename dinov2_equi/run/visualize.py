@@ -31,6 +31,7 @@ from dinov2_equi.evaluation.pictures import pca_colors
 from dinov2_equi.evaluation.results import write_text_atomically
 from dinov2_equi.evaluation.visualization import ImageView, attention_picture, pca_picture, render_page
 from dinov2_equi.models.vision_transformer import DinoVisionTransformer
+from dinov2_equi.run.command import EXIT_DONE, add_device, command_parser, run_command
 from dinov2_equi.run.load import CONFIG_FILE, FORMS, is_run, load_eval_model
 from dinov2_equi.run.pictures import PCA_PATCHES, draw_reconstructions
 from dinov2_equi.train.loop import CHECKPOINTS, load_finished
@@ -40,12 +41,12 @@ from dinov2_equi.train.settings import load_run_config
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     parser.add_argument("--weights", required=True, metavar="WEIGHTS", help=f"one of: {FORMS}")
     parser.add_argument("--size", type=int, help=f"image side, pixels (default: {PCA_PATCHES} patches)")
     parser.add_argument("--output", type=Path, default=Path("looks"), metavar="DIR", help="default: looks")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     return parser.parse_args(argv)
 
 
@@ -111,19 +112,19 @@ def write(folder: Path, title: str, views: list[ImageView], equivariance: Figure
     write_text_atomically(folder / "index.html", render_page(title, views, equivariance))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; a fault of the input ends in one line on stderr and exit status 1."""
-    args = parse_arguments(argv)
-    try:
-        files = ImageFiles(args.images)
-        model = load_eval_model(args.weights, size=args.size)
-        views = look(args, model, files)
-        write(args.output, model.name, views, strip(args.weights, files, torch.device(args.device)))
-    except (ValueError, OSError, ImportError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
+def command(args: argparse.Namespace) -> int:
+    """Look at the images, and write pictures and page."""
+    files = ImageFiles(args.images)
+    model = load_eval_model(args.weights, size=args.size)
+    views = look(args, model, files)
+    write(args.output, model.name, views, strip(args.weights, files, torch.device(args.device)))
     print(f"written: {args.output / 'index.html'}")
-    return 0
+    return EXIT_DONE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command(command, parse_arguments(argv))
 
 
 if __name__ == "__main__":

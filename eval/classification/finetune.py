@@ -4,8 +4,10 @@
     python eval/classification/finetune.py --weights hub:dinov2_vits14 --data FOLDER --size 224 --set lr=1e-4 mixup=0
 
 FOLDER holds train/ and val/, each with one sub-folder a class. The recipe is AdamW with layer-wise learning rates,
-warm-up and cosine, RandAugment, mixup, CutMix and label smoothing; `--set` changes any of its settings. Writes
-`results.json` and the classifier of the last pass, `classifier.pth`.
+warm-up and cosine, RandAugment, mixup, CutMix and label smoothing; `--set` changes any of its settings.
+
+Writes `results.json` and the classifier of the last pass, `classifier.pth`. Each pass leaves a checkpoint in the output
+folder: after a stop the same command goes on with the pass that was not finished, to the same result.
 """
 
 from __future__ import annotations
@@ -33,16 +35,18 @@ from dinov2_equi.evaluation.finetune import (
 )
 from dinov2_equi.evaluation.labelled import matching_labels
 from dinov2_equi.evaluation.results import write_results
+from dinov2_equi.evaluation.stored_features import dataset_digest, weights_digest
+from dinov2_equi.fsdp.checkpoint import CheckpointStore
 from dinov2_equi.logging.progress import training_progress
-from dinov2_equi.run.allocator import keep_freed_memory
+from dinov2_equi.run.command import EXIT_DONE, add_device, command_parser, run_command
 from dinov2_equi.run.load import FORMS, load_eval_model
 
-RESULTS_FILE, CLASSIFIER_FILE = "results.json", "classifier.pth"
+RESULTS_FILE, CLASSIFIER_FILE, CHECKPOINTS = "results.json", "classifier.pth", "checkpoints"
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--weights", required=True, metavar="WEIGHTS", help=f"one of: {FORMS}")
     add("--data", metavar="FOLDER", help="with train/ and val/, each with one sub-folder a class")
@@ -54,7 +58,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     names = ", ".join(f.name for f in dataclasses.fields(own) if f.name != "epochs")
     add("--set", nargs="*", default=[], metavar="NAME=VALUE", help=f"other settings of the recipe: {names}")
     add("--num-workers", type=int, default=0, help="processes that make crops")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     add("--output", type=Path, default=Path("finetune"), metavar="DIR", help="default: finetune")
     return parser.parse_args(argv)
 
@@ -94,7 +98,10 @@ def run(args: argparse.Namespace) -> FinetuneResult:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         classifier = Classifier(model, int(train_labels.max()) + 1).to(args.device)
-    with training_progress(settings.epochs * (len(train) // settings.batch_size)) as progress:
+    store = CheckpointStore(args.output / CHECKPOINTS, keep=1)
+    steps_an_epoch = len(train) // settings.batch_size
+    done = (store.latest_step() or 0) * steps_an_epoch
+    with training_progress(settings.epochs * steps_an_epoch, done) as progress:
         result = finetune(
             classifier,
             AugmentedImages(train, size, settings),
@@ -103,6 +110,13 @@ def run(args: argparse.Namespace) -> FinetuneResult:
             device=args.device,
             num_workers=args.num_workers,
             on_step=lambda loss: progress.update(progress.steps_done + 1, {"loss": loss}),
+            store=store,
+            identity={
+                "weights": weights_digest(classifier),
+                "train images": dataset_digest(train),
+                "val images": dataset_digest(val),
+                "size": size,
+            },
         )
     described = {key: value for key, value in vars(args).items() if key not in ("output", "set")}
     write_results(
@@ -112,22 +126,23 @@ def run(args: argparse.Namespace) -> FinetuneResult:
         seed=settings.seed,
         settings=described | {"size": size, "recipe": dataclasses.asdict(settings)},
     )
-    torch.save({"model": classifier.state_dict(), "classes": train.classes}, args.output / CLASSIFIER_FILE)
+    pending = args.output / f".{CLASSIFIER_FILE}.tmp"
+    torch.save({"model": classifier.state_dict(), "classes": train.classes}, pending)
+    pending.replace(args.output / CLASSIFIER_FILE)
     return result
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the harness; a fault of the input ends in one line on stderr and exit status 1."""
-    args = parse_arguments(argv)
-    keep_freed_memory()
-    try:
-        result = run(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def command(args: argparse.Namespace) -> int:
+    """Fine-tune, and say what was reached."""
+    result = run(args)
     print(f"top-1 after {args.epochs} passes: {100 * result.top1[-1]:.1f} %")
     print(f"written: {args.output / RESULTS_FILE}, {args.output / CLASSIFIER_FILE}")
-    return 0
+    return EXIT_DONE
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command(command, parse_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -12,44 +12,43 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: a clean clone needs the repository root on the path
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinov2_equi.data.datasets.base import ImageDataset
 from dinov2_equi.data.datasets.make import make_dataset
-from dinov2_equi.data.transforms import IMAGENET_MEAN, IMAGENET_STD, EvalTransform
-from dinov2_equi.evaluation.features import extract_features
+from dinov2_equi.data.transforms import EvalTransform
+from dinov2_equi.evaluation.eval_model import PLAIN_FEATURES, EvalModel, select_features
 from dinov2_equi.evaluation.knn import DEFAULT_KS, TEMPERATURE, weighted_knn
 from dinov2_equi.evaluation.labelled import image_batches, matching_labels
-from dinov2_equi.evaluation.model import RawPixels, load_backbone, random_backbone
 from dinov2_equi.evaluation.results import write_results
-from dinov2_equi.run.allocator import keep_freed_memory
-from dinov2_equi.run.load import load_run
+from dinov2_equi.run.command import EXIT_DONE, add_device, command_parser, run_command
+from dinov2_equi.run.load import CONFIG_FILE, FORMS, RANDOM, is_run, load_eval_model
+
+DEFAULT_ARCH = "vit_small"
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--weights", metavar="FILE|random|pixels", help="a weight file, or one of the two baselines")
+    source.add_argument("--weights", metavar="WEIGHTS", help=f"random (see --arch), or one of: {FORMS}")
     source.add_argument("--run", type=Path, metavar="DIR", help="a training run: its teacher and config.yaml")
-    parser.add_argument("--arch", help="architecture; read off the weight file unless given; vit_small for random")
+    parser.add_argument("--arch", help=f"architecture, for random (default: {DEFAULT_ARCH})")
     parser.add_argument("--patch-size", type=int, default=16, help="patch side in pixels, for random (default: 16)")
     parser.add_argument("--train", required=True, metavar="DATA", help="labelled images that vote")
     parser.add_argument("--val", required=True, metavar="DATA", help="labelled images that are classified")
     parser.add_argument("--size", type=int, default=224, help="image side in pixels (default: 224)")
     parser.add_argument("--k", type=int, nargs="+", default=list(DEFAULT_KS), help="numbers of neighbours")
     parser.add_argument("--temperature", type=float, default=TEMPERATURE, help=f"of the votes ({TEMPERATURE})")
-    parser.add_argument("--features", choices=("cls", "patch_mean", "both"), default="cls", help="default: cls")
+    parser.add_argument("--features", choices=PLAIN_FEATURES, default="cls", help="default: cls")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--num-workers", type=int, default=0, help="processes that decode images")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     parser.add_argument("--seed", type=int, default=0, help="of random weights")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: knn.json in the run, or here without one")
     args = parser.parse_args(argv)
@@ -58,21 +57,22 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def build_model(args: argparse.Namespace) -> tuple[nn.Module, Sequence[float], Sequence[float]]:
-    """Return the model, and the mean and standard deviation that its images are normalised with."""
-    if args.weights == "pixels":
-        return RawPixels(), IMAGENET_MEAN, IMAGENET_STD
-    if args.weights == "random":
-        arch = args.arch or "vit_small"
-        return (
-            random_backbone(arch, img_size=args.size, patch_size=args.patch_size, seed=args.seed),
-            IMAGENET_MEAN,
-            IMAGENET_STD,
-        )
-    if args.weights is not None:
-        return load_backbone(args.weights, arch=args.arch), IMAGENET_MEAN, IMAGENET_STD
-    model = load_run(args.run)
-    return model.backbone, model.mean, model.std
+def load_model(args: argparse.Namespace) -> EvalModel:
+    """Return the backbone that the arguments name.
+
+    Raises:
+        ValueError: if --run is no run, or --arch is given beside weights that say it themselves.
+    """
+    if args.run is not None:
+        if not is_run(args.run):
+            raise ValueError(f"--run {args.run} is no run: it holds no {CONFIG_FILE}")
+        return load_eval_model(str(args.run))
+    if args.weights != RANDOM:
+        if args.arch is not None:
+            raise ValueError(f"--arch is for --weights random; {args.weights} says its architecture itself")
+        return load_eval_model(args.weights, size=args.size)
+    spec = f"{RANDOM}:{args.arch or DEFAULT_ARCH}/{args.patch_size}"
+    return load_eval_model(spec, size=args.size, seed=args.seed)
 
 
 def run(args: argparse.Namespace) -> dict[int, float]:
@@ -84,24 +84,15 @@ def run(args: argparse.Namespace) -> dict[int, float]:
         raise ValueError(
             f"every k of {args.k} is larger than the training set of {len(train)} images; give a smaller --k"
         )
-    model, mean, std = build_model(args)
-    patch_size = getattr(model, "patch_size", 1)
-    if args.size % patch_size:
-        raise ValueError(f"--size {args.size} is no multiple of the patch size {patch_size}; give another --size")
+    model = load_model(args)
+    model.check_size(args.size)
     model.to(args.device)
 
     def features(dataset: ImageDataset) -> Tensor:
         transform = EvalTransform(args.size)
         batches = image_batches(dataset, transform, batch_size=args.batch_size, num_workers=args.num_workers)
-        return extract_features(
-            model,
-            batches,
-            mean=mean,
-            std=std,
-            device=args.device,
-            batch_size=args.batch_size,
-            select=args.features,
-        )
+        pooled = model.features(batches, device=args.device, batch_size=args.batch_size)
+        return select_features(pooled, args.features)
 
     accuracy = weighted_knn(
         features(train), train_labels, features(val), val_labels, ks=ks, temperature=args.temperature
@@ -116,15 +107,9 @@ def run(args: argparse.Namespace) -> dict[int, float]:
     return accuracy
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the harness; a fault of the input ends in one line on stderr and exit status 1."""
-    args = parse_arguments(argv)
-    keep_freed_memory()
-    try:
-        accuracy = run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def command(args: argparse.Namespace) -> int:
+    """Measure, and print the table."""
+    accuracy = run(args)
     print(f"k-NN accuracy of {args.weights or args.run}, {args.features} features at {args.size} px")
     print("    k   top-1")
     for k, value in accuracy.items():
@@ -133,7 +118,12 @@ def main(argv: list[str] | None = None) -> int:
     if left_out:
         print(f"left out, larger than the training set: k = {', '.join(map(str, left_out))}")
     print(f"written to {args.output}")
-    return 0
+    return EXIT_DONE
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command(command, parse_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -16,40 +16,66 @@ import dataclasses
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if __package__ in (None, ""):  # started as a file: a clean clone needs the repository root on the path
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
+from dinov2_equi.data.datasets.base import ImageDataset
 from dinov2_equi.data.datasets.make import make_train_and_val
-from dinov2_equi.evaluation.classification import TASKS, LabelledFeatures, Numbers, TaskSettings
+from dinov2_equi.evaluation.accepted_labels import read_real_labels
+from dinov2_equi.evaluation.classification import (
+    ACCEPT_SEVERAL,
+    LEAST_EPOCHS,
+    LEAST_STEPS,
+    TASKS,
+    LabelledFeatures,
+    Numbers,
+    TaskSettings,
+)
 from dinov2_equi.evaluation.eval_model import PLAIN_FEATURES, EvalModel
 from dinov2_equi.evaluation.labelled import matching_labels
 from dinov2_equi.evaluation.results import write_results
 from dinov2_equi.evaluation.stored_features import stored_features
 from dinov2_equi.logging.console import get_console
 from dinov2_equi.logging.progress import training_progress
-from dinov2_equi.run.allocator import keep_freed_memory
+from dinov2_equi.run.command import EXIT_DONE, add_device, command_parser, run_command
 from dinov2_equi.run.load import FORMS, load_eval_models
 
 DEFAULT_CACHE = Path("~/.cache/dinov2_equi/features")
 RESULTS_FILE = "results.json"
 
 
+class Labels(NamedTuple):
+    """What is right for each image."""
+
+    train: Tensor
+    """[R] int64."""
+
+    val: Tensor
+    """[n] int64; with ReaL's labels [n, C] bool, the classes that are accepted."""
+
+    val_rows: Tensor | None
+    """[n] int64, the validation images that have labels; None: all."""
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--weights", nargs="+", required=True, metavar="WEIGHTS", help=f"one or several of: {FORMS}")
     names = ", ".join(TASKS)
-    add("--tasks", nargs="+", default=list(TASKS), choices=tuple(TASKS), metavar="TASK", help=f"of {names} (all)")
+    add("--tasks", nargs="+", choices=tuple(TASKS), metavar="TASK", help=f"of {names} (default: all that are possible)")
     data = parser.add_argument_group("images").add_argument
     data("--data", metavar="FOLDER", help="with train/ and val/, each with one sub-folder a class")
     data("--train", metavar="DATA", help="labelled images to learn from, instead of --data")
     data("--val", metavar="DATA", help="labelled images that are classified")
+    real = "real.json: accepted classes of ImageNet's validation images, for knn, linear and log_regression"
+    data("--real-labels", type=Path, metavar="FILE", help=real)
     data("--size", type=int, help="image side, pixels (default: the one each backbone was trained at)")
     data("--num-workers", type=int, default=0, help="processes that decode images")
     data("--cache", type=Path, default=DEFAULT_CACHE, metavar="DIR", help=f"of features (default: {DEFAULT_CACHE})")
@@ -57,22 +83,47 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     task = parser.add_argument_group("tasks").add_argument
     task("--features", choices=PLAIN_FEATURES, default=own.features, help="of all tasks but linear (default: cls)")
     task("--k", type=int, nargs="+", default=list(own.ks), help="neighbours of k-NN")
-    task("--epochs", type=int, default=own.epochs, help=f"passes of the linear classifiers (default: {own.epochs})")
+    passes = f"passes of the linear classifiers (default: {LEAST_EPOCHS}, or what {LEAST_STEPS} steps need)"
+    task("--epochs", type=int, help=passes)
+    as_dinov2 = "train the linear classifiers on the features as they are, as DINOv2 does, not standardised"
+    task("--no-standardize", action="store_true", help=as_dinov2)
     task("--shots", type=int, nargs="+", default=list(own.shots), help="images a class in the few-shot task")
     task("--draws", type=int, default=own.num_draws, help=f"of these images (default: {own.num_draws})")
     only = "answer with classes of the validation images alone, as for ImageNet-A and -R"
     task("--only-val-classes", action="store_true", help=only)
     task("--seed", type=int, default=0)
     add("--batch-size", type=int, default=64, help="images in one forward pass (default: 64)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     add("--output", type=Path, default=Path("classification"), metavar="DIR", help="default: classification")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.tasks is None:
+        args.tasks = list(TASKS if args.real_labels is None else ACCEPT_SEVERAL)
+    return args
+
+
+def read_labels(args: argparse.Namespace, train: ImageDataset, val: ImageDataset) -> Labels:
+    """Return the labels of both sets, and which validation images are scored: with ReaL's labels, not all are.
+
+    Raises:
+        ValueError: for a task that knows a single label an image, or labels that do not fit the images.
+        OSError: if there is no such file of labels.
+    """
+    if args.real_labels is None:
+        train_labels, val_labels = matching_labels(train, val)
+        return Labels(train_labels, val_labels, None)
+    single = [task for task in args.tasks if task not in ACCEPT_SEVERAL]
+    if single:
+        raise ValueError(f"--real-labels is for {', '.join(ACCEPT_SEVERAL)}; leave {', '.join(single)} out of --tasks")
+    if train.targets is None:
+        raise ValueError("the training images have no classes; give a folder with one sub-folder a class")
+    rows, accepted = read_real_labels(args.real_labels, val, len(train.classes))
+    return Labels(torch.tensor(train.targets), accepted, rows)
 
 
 def extract(args: argparse.Namespace, models: list[EvalModel]) -> dict[str, LabelledFeatures]:
     """Return the features of all backbones by name, with a progress bar where they are not on disk yet."""
     sets = make_train_and_val(args.data, args.train, args.val)
-    train_labels, val_labels = matching_labels(*sets)
+    labels = read_labels(args, *sets)
     for model in models:
         model.check_size(args.size or model.image_size)
     passes = sum(math.ceil(len(dataset) / args.batch_size) for dataset in sets)
@@ -97,7 +148,9 @@ def extract(args: argparse.Namespace, models: list[EvalModel]) -> dict[str, Labe
                 for dataset in sets
             )
             model.to("cpu")
-            features[model.name] = LabelledFeatures(train, train_labels, val, val_labels)
+            if labels.val_rows is not None:
+                val = val.take(labels.val_rows.numpy())
+            features[model.name] = LabelledFeatures(train, labels.train, val, labels.val)
             progress.update(number * passes)
     return features
 
@@ -108,6 +161,7 @@ def task_settings(args: argparse.Namespace) -> TaskSettings:
         features=args.features,
         ks=args.k,
         epochs=args.epochs,
+        standardize=not args.no_standardize,
         shots=args.shots,
         num_draws=args.draws,
         only_test_classes=args.only_val_classes,
@@ -143,20 +197,18 @@ def table_of(numbers: dict[str, dict[str, Numbers]], tasks: list[str]) -> Table:
     return table
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the harness; a fault of the input ends in one line on stderr and exit status 1."""
-    args = parse_arguments(argv)
-    keep_freed_memory()
-    try:
-        numbers = run(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    console = get_console()
-    console.print(table_of(numbers, args.tasks))
+def command(args: argparse.Namespace) -> int:
+    """Measure everything, and print the table."""
+    numbers = run(args)
+    get_console().print(table_of(numbers, args.tasks))
     print("Per cent. k-NN: the best k; linear: the best classifier on these images; few-shot: the most images a class.")
     print(f"written: {args.output / RESULTS_FILE}")
-    return 0
+    return EXIT_DONE
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command(command, parse_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from typing import Any
 if __package__ in (None, ""):  # started as a file: a clean clone needs the repository root on the path
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import torch
 
 from dinov2_equi.data.datasets.base import DatasetError, ImageDataset
 from dinov2_equi.data.datasets.holdout import split_holdout
@@ -48,7 +47,7 @@ from dinov2_equi.evaluation.results import write_results
 from dinov2_equi.logging.console import get_console
 from dinov2_equi.logging.progress import training_progress
 from dinov2_equi.logging.setup import setup_logging
-from dinov2_equi.run.allocator import keep_freed_memory
+from dinov2_equi.run.command import EXIT_DONE, add_device, command_parser, run_command
 from dinov2_equi.run.load import CONFIG_FILE, FORMS, is_run, load_eval_models
 
 logger = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ RESULTS_FILE, FIGURE_FILE = "results.json", "equivariance.png"
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--weights", nargs="+", required=True, metavar="WEIGHTS", help=f"one or several of: {FORMS}")
     data = parser.add_argument_group("images")
     data.add_argument("--data", metavar="FOLDER", help="with train/ and val/, or images that are split into halves")
@@ -103,7 +102,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     probe.add_argument("--fill", choices=FILLS, help="what lies outside an image (default: as each run was trained)")
     probe.add_argument("--k", type=int, nargs="+", default=[10, 20], help="neighbours of the k-NN (default: 10 20)")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     parser.add_argument(
         "--output",
         type=Path,
@@ -283,15 +282,9 @@ def run(args: argparse.Namespace) -> dict[str, ModelScores]:
     return scores
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the harness; a fault of the input ends in one line on stderr and exit status 1."""
-    args = parse_arguments(argv)
-    keep_freed_memory()
-    try:
-        scores = run(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def command(args: argparse.Namespace) -> int:
+    """Measure everything, and print the tables."""
+    scores = run(args)
     console = get_console()
     for name, found in scores.items():
         for title, table in equivariance_tables(found, probe_settings(args).curve_features).items():
@@ -300,7 +293,12 @@ def main(argv: list[str] | None = None) -> int:
     console.print(
         f"written: {args.output / RESULTS_FILE}, {args.output / FIGURE_FILE}", soft_wrap=True, highlight=False
     )
-    return 0
+    return EXIT_DONE
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command(command, parse_arguments(argv))
 
 
 if __name__ == "__main__":

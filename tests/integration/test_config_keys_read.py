@@ -235,6 +235,7 @@ TEACHES_NOTHING: dict[str, str] = {
     "logging.report": "true",
     "logging.pictures_every_steps": "2",
     "evaluation.eval_period_iterations": "1",
+    "evaluation.in_process": "false",
     "evaluation.probe": "true",
     "evaluation.probe_train_pairs": "16",
     "evaluation.probe_test_pairs": "16",

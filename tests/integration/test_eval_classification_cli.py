@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -103,9 +104,42 @@ def test_wrong_input_gives_a_traceback(
 ) -> None:
     words = [word.replace("FOLDER", str(folder)) for word in arguments]
     places = ("--output", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"))
-    assert script.main([*TINY, *words, *places]) == 1
+    assert script.main([*TINY, *words, *places]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_reassessed_labels_are_not_what_is_scored(
+    tmp_path: Path, script: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    val = tmp_path / "val"  # flat, as ImageNet's archive is
+    val.mkdir()
+    for number, name in enumerate(("bright/0", "dark/0", "dark/1", "bright/1"), start=1):
+        shutil.copy(folder / "val" / f"{name}.png", val / f"ILSVRC2012_val_{number:08d}.png")
+    labels = tmp_path / "real.json"
+    places = ("--output", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--real-labels", str(labels))
+    words = (
+        "--weights",
+        "pixels",
+        "--size",
+        "32",
+        "--k",
+        "1",
+        "--epochs",
+        "4",
+        "--train",
+        str(folder / "train"),
+        "--val",
+        str(val),
+    )
+    for entries, expected in (([[0], [1], [], [0, 1]], 1.0), ([[1], [0], [1], [0, 1]], 0.5)):
+        labels.write_text(json.dumps(entries))
+        assert script.main([*words, *places]) == 0
+        (numbers,) = results(tmp_path / "out")["numbers"].values()
+        assert set(numbers) == {"knn", "linear", "log_regression"}
+        assert numbers["knn"]["top1"]["1"] == numbers["log_regression"]["top1"] == expected  # dark and bright
+    assert script.main([*words, *places, "--tasks", "knn", "retrieval"]) != 0
+    assert "leave retrieval out of --tasks" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------------- fine-tuning
@@ -146,6 +180,6 @@ def test_wrong_recipe_gives_a_traceback(
     message: str,
 ) -> None:
     base = ("--weights", "random:vit_test_tiny/8", "--size", "32", "--data", str(folder))
-    assert finetune_script.main([*base, *words, "--output", str(tmp_path / "out")]) == 1
+    assert finetune_script.main([*base, *words, "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

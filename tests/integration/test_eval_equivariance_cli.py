@@ -187,7 +187,7 @@ def test_a_fault_of_the_input_is_not_said_plainly_or_leaves_files(
 ) -> None:
     output = tmp_path / "out"
     data = () if "--data" in faulty else ("--data", str(images))
-    assert script.main([*TINY, *data, *QUICK, "--output", str(output), *faulty]) == 1
+    assert script.main([*TINY, *data, *QUICK, "--output", str(output), *faulty]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error
     assert not output.exists()
@@ -197,7 +197,7 @@ def test_colour_is_sought_in_grey_images(
     tmp_path: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_images(tmp_path / "grey", 6, grey=True)
-    assert script.main([*TINY, "--data", str(folder), "--families", "color", *QUICK]) == 1
+    assert script.main([*TINY, "--data", str(folder), "--families", "color", *QUICK]) == 2
     assert "the images are grey and show no color; choose among rotation" in capsys.readouterr().err
 
 
@@ -205,5 +205,5 @@ def test_a_folder_without_test_images_is_split_anyway(
     tmp_path: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_images(tmp_path / "data" / "train", 4)
-    assert script.main([*TINY, "--data", str(tmp_path / "data"), *QUICK]) == 1
+    assert script.main([*TINY, "--data", str(tmp_path / "data"), *QUICK]) == 2
     assert "has train/ but none of val, validation, test" in capsys.readouterr().err

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from dinov2_equi.evaluation.features import extract_features
+from dinov2_equi.evaluation.eval_model import EvalModel
 from dinov2_equi.models.registry import build_backbone
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -81,16 +81,18 @@ def test_a_run_folder_is_scored_with_its_own_settings(
         "student: {arch: vit_test_tiny, interpolate_offset: 0.0, interpolate_antialias: true}\n"
         "data: {mean: [0.1, 0.2, 0.3], std: [0.4, 0.5, 0.6]}\n"
     )
-    used: dict[str, Any] = {}
+    used: list[EvalModel] = []
 
-    def record(backbone: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        used.update(kwargs, offset=backbone.interpolate_offset, antialias=backbone.interpolate_antialias)
-        return extract_features(backbone, *args, **kwargs)
+    def record(model: EvalModel, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        used.append(model)
+        return features(model, *args, **kwargs)
 
-    monkeypatch.setattr(knn, "extract_features", record)
+    features = EvalModel.features
+    monkeypatch.setattr(EvalModel, "features", record)
     assert knn.main(arguments(images, "--run", str(tmp_path), "--output", str(tmp_path / "deep" / "r.json"))) == 0
-    assert (used["mean"], used["std"]) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    assert (used["offset"], used["antialias"]) == (0.0, True)
+    model = used[0]
+    assert (model.mean, model.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert (model.backbone.interpolate_offset, model.backbone.interpolate_antialias) == (0.0, True)
     assert 0 <= json.loads((tmp_path / "deep" / "r.json").read_text())["numbers"]["top1"]["5"] <= 1
 
 
@@ -108,7 +110,10 @@ def test_random_weights_are_scored(tmp_path: Path, images: Path, knn: ModuleType
         (("--weights", "pixels", "--train", "no_such_folder"), "no_such_folder"),
         (("--weights", "pixels", "--k", "700"), "smaller --k"),
         (("--weights", "random", "--arch", "vit_test_tiny", "--patch-size", "7"), "patch size 7"),
-        (("--run", "no_such_run"), "no_such_run"),
+        (("--run", "no_such_run"), "no_such_run is no run"),
+        (("--weights", "pixels", "--arch", "vit_small"), "--arch is for --weights random"),
+        (("--weights", "pixels", "--device", "cuda:64"), "--device cuda:64: PyTorch sees"),
+        (("--weights", "pixels", "--device", "gpu"), "--device takes cpu, cuda, cuda:1, ...; got 'gpu'"),
     ],
 )
 def test_a_fault_of_the_input_is_said_plainly_and_leaves_no_file(
@@ -119,7 +124,7 @@ def test_a_fault_of_the_input_is_said_plainly_and_leaves_no_file(
     faulty: tuple[str, ...],
     message: str,
 ) -> None:
-    assert knn.main(arguments(images, *faulty, "--output", str(tmp_path / "r.json"))) == 1
+    assert knn.main(arguments(images, *faulty, "--output", str(tmp_path / "r.json"))) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error
     assert not (tmp_path / "r.json").exists()

@@ -78,6 +78,7 @@ def test_pair_is_missing_in_a_table(
     assert (out / "summary.csv").read_text() == "model,k-NN,R2 rotation\nours,0.5,0.25\nrandom,0.25,0.125\n"
     assert "\\toprule" in (out / "summary.tex").read_text()
     assert (out / "summary.png").read_bytes().startswith(b"\x89PNG")
+    assert not (out / "summary_radar.png").exists()  # two numbers make no area
     assert json.loads((out / "summary.json").read_text())["numbers"]["rows"]["ours"] == {
         "k-NN": 0.5,
         "R2 rotation": 0.25,
@@ -131,7 +132,7 @@ def test_wrong_plan_gives_a_traceback(
     changes: dict[str, Any],
     message: str,
 ) -> None:
-    assert script.main([str(plan(**changes))]) == 1
+    assert script.main([str(plan(**changes))]) == 2
     assert message in capsys.readouterr().err
     assert started == []
 

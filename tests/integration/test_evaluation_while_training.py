@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from dinov2_equi.fsdp.checkpoint import sha256_of_tensors
 from dinov2_equi.logging.metrics import read_metrics
-from dinov2_equi.run import evaluation_hook
+from dinov2_equi.run import evaluate, evaluation_hook
 
 Run = Callable[..., int]
 EVERY_TWO = ("evaluation.eval_period_iterations=2", "train.OFFICIAL_EPOCH_LENGTH=4", "optim.epochs=1")
@@ -133,3 +133,79 @@ def test_wrong_setting_is_noticed_after_the_training(
     message = capsys.readouterr().err
     assert all(part in message for part in parts)
     assert not (tmp_path / "checkpoints").exists() or not list((tmp_path / "checkpoints").iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------- as a separate job
+
+
+def test_separate_job_finds_other_numbers_or_measures_a_teacher_twice(
+    tmp_path: Path, lean_run: Run, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (*EVERY_TWO, f"train.dataset_path={photos}", "evaluation.best_metric=knn", "train.device=cpu")
+    assert lean_run(tmp_path / "inside", *words) == 0
+    assert lean_run(tmp_path / "beside", *words, "evaluation.in_process=false") == 0
+    assert not (tmp_path / "beside" / "evaluation_metrics.json").exists()
+    capsys.readouterr()
+    assert evaluate.main([str(tmp_path / "beside")]) == 0
+    assert "2 teachers measured" in capsys.readouterr().out
+
+    def numbers(name: str) -> list[dict[str, float]]:
+        return [{k: v for k, v in line.items() if k != "eval/seconds"} for line in evaluations(tmp_path / name)]
+
+    assert numbers("beside") == numbers("inside")
+    assert best(tmp_path / "beside") == best(tmp_path / "inside")
+    assert evaluate.main([str(tmp_path / "beside"), "--follow"]) == 0  # and ends, since the last one is there
+    assert "0 teachers measured" in capsys.readouterr().out
+    assert numbers("beside") == numbers("inside")
+
+
+def test_teacher_that_comes_later_is_not_waited_for(
+    tmp_path: Path, lean_run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (*EVERY_TWO, f"train.dataset_path={photos}", "evaluation.in_process=false", "train.device=cpu")
+    assert lean_run(tmp_path, *words) == 0
+    late = tmp_path / "eval" / "training_3"
+    late.rename(tmp_path / "hidden")
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        assert [line["iteration"] for line in evaluations(tmp_path)] == [1]
+        (tmp_path / "hidden").rename(late)
+
+    monkeypatch.setattr("dinov2_equi.run.evaluate.time.sleep", sleep)
+    arguments = [str(tmp_path), "--follow", "--poll-seconds", "7", "evaluation.tasks=[knn]"]
+    assert evaluate.main(arguments) == 0
+    assert waited == [7.0]
+    assert [line["iteration"] for line in evaluations(tmp_path)] == [1, 3]
+
+
+def test_failed_measurement_of_a_job_ends_well(
+    tmp_path: Path, lean_run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (*EVERY_TWO, f"train.dataset_path={photos}", "evaluation.in_process=false", "train.device=cpu")
+    assert lean_run(tmp_path, *words) == 0
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("no memory left for it")
+
+    monkeypatch.setattr(evaluation_hook, "run_probe", fail)
+    assert evaluate.main([str(tmp_path)]) == 1
+    assert all("eval/r2_rotation" not in line and "eval/knn" in line for line in evaluations(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "exports no teacher on its way"),
+        (("evaluation.eval_period_iterations=1", "evaluation.tasks=[]"), "nothing of evaluation.tasks=[] can be"),
+        (("evaluation.task=[knn]",), "evaluation.tasks"),
+    ],
+)
+def test_job_without_work_gives_a_traceback_or_waits(
+    finished_run: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+) -> None:
+    assert evaluate.main([str(finished_run), "--follow", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert evaluate.main([str(finished_run / "eval"), "--follow"]) == 2
+    assert "is no run: it holds no config.yaml" in capsys.readouterr().err

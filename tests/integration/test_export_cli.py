@@ -11,6 +11,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from dinov2_equi.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from dinov2_equi.evaluation.model import load_backbone
 from dinov2_equi.hub import exporters
 from dinov2_equi.hub.exporters import EXPORTERS, TOLERANCE
 from dinov2_equi.models.registry import build_backbone
@@ -51,6 +53,21 @@ def test_export_gives_other_tokens_than_its_source(
     card = (tmp_path / "README.md").read_text()
     assert f"| {name} |" in card and "width 48, 3 blocks" in card
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "registers"])  # their positions are interpolated in two ways
+@pytest.mark.parametrize("name", ["onnx", "torch_export"])
+def test_export_of_any_size_is_right_at_one_alone(
+    tmp_path: Path, weights: dict[str, Path], name: str, kind: str
+) -> None:
+    if name in NEEDED:
+        pytest.importorskip(NEEDED[name])
+    backbone = load_backbone(weights[kind])
+    source = exporters.Source(backbone, "tiny", 48, IMAGENET_MEAN, IMAGENET_STD)
+    run = EXPORTERS[name](source, tmp_path)
+    for size in ((32, 32), (48, 48), (16, 40), (104, 16)):  # the trained one, the recorded rows, not square, a strip
+        assert exporters.difference(source, run, *size) <= TOLERANCE
 
 
 def test_changed_export_is_taken_for_the_source(
@@ -115,7 +132,7 @@ def test_wrong_input_gives_a_traceback(
     message: str,
 ) -> None:
     words = [word.replace("PLAIN", str(weights["plain"])) for word in arguments]
-    assert main([*words, "--output", str(tmp_path / "out")]) == 1
+    assert main([*words, "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()

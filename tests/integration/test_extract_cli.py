@@ -77,7 +77,7 @@ def test_wrong_input_gives_a_traceback(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main([word.replace("PHOTOS", str(photos)) for word in words]) == 1
+    assert main([word.replace("PHOTOS", str(photos)) for word in words]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
@@ -88,5 +88,5 @@ def test_missing_pyarrow_is_noticed_after_the_images_were_read(
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)  # an import of it fails
     monkeypatch.setattr("dinov2_equi.run.extract.make_dataset", lambda spec: pytest.fail("images were read"))
-    assert main([str(photos), "--weights", WEIGHTS, "--out", str(tmp_path / "f.parquet")]) == 1
+    assert main([str(photos), "--weights", WEIGHTS, "--out", str(tmp_path / "f.parquet")]) == 2
     assert "pip install pyarrow" in capsys.readouterr().err

@@ -66,7 +66,7 @@ def test_wrong_input_gives_a_traceback(
     photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
     arguments = [word.replace("PHOTO", photos[0]) for word in words]
-    assert main([*arguments, "--weights", WEIGHTS, "--output", str(tmp_path / "out")]) == 1
+    assert main([*arguments, "--weights", WEIGHTS, "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()

@@ -12,6 +12,7 @@ from pathlib import Path
 from dinov2_equi.data.datasets.base import DatasetError, ImageDataset
 from dinov2_equi.data.datasets.folder import ImageFolder
 from dinov2_equi.data.datasets.image_net import ImageNet
+from dinov2_equi.data.datasets.inaturalist import INaturalist2018
 from dinov2_equi.data.datasets.sample_photos import DEFAULT_REGIONS, SamplePhotos
 from dinov2_equi.data.datasets.small_photos import SmallPhotos
 from dinov2_equi.data.datasets.synthetic import SyntheticImages
@@ -37,7 +38,8 @@ def make_dataset(spec: str) -> ImageDataset:
 
     `sample_photos[:split=TRAIN|VAL][:regions=N]`, `small_photos[:split=TRAIN|TEST]`,
     `synthetic[:length=N][:size=HxW][:seed=N]`, `ImageNet:split=TRAIN|VAL:root=FOLDER`,
-    `torchvision:name=NAME:root=FOLDER[:split=train|val]`, `folder:root=FOLDER`, or the path of a folder of images.
+    `iNaturalist2018:split=TRAIN|VAL:root=FOLDER`, `torchvision:name=NAME:root=FOLDER[:split=train|val]`,
+    `folder:root=FOLDER`, or the path of a folder of images.
 
     Raises:
         DatasetError: Unknown name or key, a value of the wrong kind, or the data set's own fault (folder missing,
@@ -118,6 +120,10 @@ def _build_image_net(values: Mapping[str, str]) -> ImageDataset:
     return ImageNet(_root("ImageNet", values), values.get("split", "TRAIN"), values.get("extra"))
 
 
+def _build_inaturalist(values: Mapping[str, str]) -> ImageDataset:
+    return INaturalist2018(_root("iNaturalist2018", values), values.get("split", "TRAIN"))
+
+
 def _build_torchvision(values: Mapping[str, str]) -> ImageDataset:
     if not values.get("name"):
         raise DatasetError(f"data set 'torchvision' needs a name; its form is {_FORMS['torchvision'].usage}")
@@ -133,6 +139,7 @@ _FORMS = {
     "small_photos": _Form("small_photos[:split=TRAIN|TEST]", ("split",), _build_small_photos),
     "synthetic": _Form("synthetic[:length=N][:size=HxW][:seed=N]", ("length", "size", "seed"), _build_synthetic),
     "ImageNet": _Form("ImageNet:split=TRAIN|VAL:root=FOLDER", ("split", "root", "extra"), _build_image_net),
+    "iNaturalist2018": _Form("iNaturalist2018:split=TRAIN|VAL:root=FOLDER", ("split", "root"), _build_inaturalist),
     "torchvision": _Form(
         "torchvision:name=CIFAR10|Food101|...:root=FOLDER[:split=train|val]",
         ("name", "root", "split"),

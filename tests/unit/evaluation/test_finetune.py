@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,15 @@ from dinov2_equi.evaluation.finetune import (
     AugmentedImages,
     Classifier,
     FinetuneSettings,
+    Mixing,
     PlainImages,
-    _mixing,
     _warmup_cosine,
     finetune,
     layer_number,
     parameter_groups,
 )
 from dinov2_equi.evaluation.foreign import TimmTokens
+from dinov2_equi.fsdp.checkpoint import CheckpointStore
 from dinov2_equi.models.registry import build_backbone
 
 SIZE = 32
@@ -140,7 +142,7 @@ def test_crop_depends_on_more_than_seed_pass_and_image(photos: ImageFolder) -> N
 
 def test_mixed_labels_do_not_add_up_to_one() -> None:
     images, labels = torch.rand(8, 3, 16, 16), torch.arange(8) % 4
-    mix = _mixing(replace(SHORT, mixup=0.8, cutmix=1.0), num_classes=4)
+    mix = Mixing(replace(SHORT, mixup=0.8, cutmix=1.0), num_classes=4)
     before = torch.get_rng_state()
     drawn = [mix(images, labels) for _ in range(6)]
     assert torch.equal(torch.get_rng_state(), before)
@@ -148,7 +150,7 @@ def test_mixed_labels_do_not_add_up_to_one() -> None:
         assert mixed.shape == images.shape and soft.shape == (8, 4)
         torch.testing.assert_close(soft.sum(dim=1), torch.ones(8))
     assert not torch.equal(drawn[0][0], drawn[1][0])
-    assert torch.equal(_mixing(SHORT, 4)(images, labels)[1], labels)  # off
+    assert torch.equal(Mixing(SHORT, 4)(images, labels)[1], labels)  # off
 
 
 @pytest.mark.parametrize(
@@ -163,6 +165,48 @@ def test_mixed_labels_do_not_add_up_to_one() -> None:
 def test_recipe_that_cannot_work_starts(photos: ImageFolder, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(photos, replace(SHORT, **changes))
+
+
+class KilledError(Exception):
+    """What ends a training between two steps."""
+
+
+def resumable(photos: ImageFolder, folder: Path, settings: FinetuneSettings, **options: Any) -> tuple[Any, Any]:
+    model = classifier()
+    images = AugmentedImages(photos, SIZE, settings)
+    store = CheckpointStore(folder, keep=1)
+    return finetune(model, images, plain(photos), settings, store=store, **options), model.state_dict()
+
+
+def test_stopped_training_starts_again_or_ends_elsewhere(photos: ImageFolder, tmp_path: Path) -> None:
+    settings = replace(SHORT, mixup=0.8, cutmix=1.0, rand_augment=9)
+    whole, expected = resumable(photos, tmp_path / "whole", settings)
+    losses: list[float] = []
+
+    def kill(loss: float) -> None:
+        losses.append(loss)
+        if len(losses) == 8:  # in the third pass of three steps each
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        resumable(photos, tmp_path / "stopped", settings, on_step=kill)
+    again, found = resumable(photos, tmp_path / "stopped", settings, on_step=losses.append)
+    assert len(losses) == 8 + 6  # the third pass once more
+    assert again == whole
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    finished, same = resumable(photos, tmp_path / "stopped", settings, on_step=losses.append)
+    assert len(losses) == 14 and finished == whole  # nothing is left to do
+    assert all(torch.equal(same[name], expected[name]) for name in expected)
+    assert [path.name for path in (tmp_path / "stopped").iterdir()] == ["step_00000004"]
+
+
+def test_other_training_goes_on_from_a_checkpoint(photos: ImageFolder, tmp_path: Path) -> None:
+    settings = replace(SHORT, epochs=2)
+    resumable(photos, tmp_path, settings, identity={"weights": "a"})
+    with pytest.raises(ValueError, match=r"another fine-tuning \(lr 0.02, now 0.5\)"):
+        resumable(photos, tmp_path, replace(settings, lr=0.5), identity={"weights": "a"})
+    with pytest.raises(ValueError, match=r"another fine-tuning \(other weights\)"):
+        resumable(photos, tmp_path, settings, identity={"weights": "b"})
 
 
 def test_infinite_loss_goes_on(photos: ImageFolder) -> None:

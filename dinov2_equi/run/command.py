@@ -1,0 +1,58 @@
+"""What the command line tools share: how they parse, and how they end when the input is at fault."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import torch
+
+from dinov2_equi.fsdp.manifest import CheckpointError
+from dinov2_equi.run.allocator import keep_freed_memory
+
+EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+EXIT_CODES = "exit codes: 0 done, 1 a part failed, 2 something in the command or the data is wrong, 130 interrupted"
+
+
+def command_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser whose help shows a module's docstring as it is written, examples included."""
+    return argparse.ArgumentParser(
+        description=description, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add `--device`, which `run_command` checks."""
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=found, metavar="NAME", help=f"cpu, cuda, cuda:1, ... (default: {found})")
+
+
+def run_command(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Return the exit code of a command; a fault of the input ends in a message on stderr instead of a traceback."""
+    keep_freed_memory()
+    try:
+        _check_device(getattr(args, "device", "cpu"))
+        return command(args)
+    except (ValueError, OSError, ImportError, CheckpointError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return EXIT_INTERRUPTED
+
+
+def _check_device(name: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        ValueError: names it.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device takes cpu, cuda, cuda:1, ...; got {name!r}") from error
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"--device {name}: PyTorch sees {count} CUDA devices here; take --device cpu or another")

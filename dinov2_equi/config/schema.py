@@ -478,6 +478,10 @@ class DataConfig:
     batch at once, which leaves to the processes little more than reading the files. The choices are the same, pixels
     differ by rounding."""
 
+    max_bad_fraction: float = 0.1
+    """Greatest share of images that cannot be used (damaged, too small, too long), in [0, 1]. Others take their place,
+    `bad_images.jsonl` lists them; above this share the training stops. Before 1,000 images, it is a share of 1,000."""
+
     holdout_fraction: float = 0.0
     """Share of the training images kept back for the report's pictures and probe, in [0, 1); 0: none. The data set
     `sample_photos` always keeps back whole photographs."""

@@ -28,6 +28,8 @@ class RandomStream(enum.IntEnum):
     """Which patches the equivariance branch reconstructs."""
     THETA = 4
     """The transforms of the second views."""
+    REPLACEMENT = 5
+    """Which images stand in for one that cannot be used."""
 
 
 def random_generator(stream: RandomStream, seed: int, number: int) -> np.random.Generator:

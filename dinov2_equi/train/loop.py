@@ -14,6 +14,7 @@ import torch
 from dinov2_equi.config.derive import Derived
 from dinov2_equi.config.load import to_yaml
 from dinov2_equi.config.schema import Config
+from dinov2_equi.data.bad_images import BadImageLog
 from dinov2_equi.data.batch import Batch
 from dinov2_equi.data.datasets.base import ImageDataset
 from dinov2_equi.data.source_batch import SourceBatch
@@ -62,6 +63,7 @@ def train(
     Raises:
         ResumeError: if the folder holds another run.
         NonFiniteLossError: see `train_step`.
+        TooManyBadImagesError: if more images than `data.max_bad_fraction` cannot be used.
     """
     store = CheckpointStore(output_dir / CHECKPOINTS, keep=cfg.train.checkpoint_keep)
     state = _start_or_resume(cfg, derived, store, device)
@@ -122,7 +124,9 @@ def _run_steps(
         training_progress(derived.total_steps, state.step, images_per_step=derived.effective_batch_size) as progress,
     ):
         state.model.train()
+        bad_images = BadImageLog(output_dir, cfg.data.max_bad_fraction)
         for batch, clock in _timed(loader):
+            bad_images.record(batch.batch_size, batch.bad_images)
             values = schedules.at(state.step)
             scalars = train_step(state, batch, values, cfg, device)
             scalars |= _step_facts(values, clock.stop(batch.batch_size), device)

@@ -232,6 +232,7 @@ TEACHES_NOTHING: dict[str, str] = {
     "logging.tensorboard": "true",
     "logging.report": "true",
     "logging.pictures_every_steps": "2",
+    "data.max_bad_fraction": "0.2",
     "evaluation.eval_period_iterations": "1",
     "evaluation.probe": "true",
     "evaluation.probe_train_pairs": "16",

@@ -165,7 +165,8 @@ class TrainConfig:
     """Images in the batch of one process, B."""
 
     dataset_path: str = "ImageNet:split=TRAIN"
-    """Data set: a folder of images, or a form such as `ImageNet:split=TRAIN:root=...` or `sample_photos`."""
+    """Data set: the path of a folder of images, of a list, a table, a pattern or tar shards, or a form such as
+    `ImageNet:split=TRAIN:root=...`, `sample_photos` or `mix:3*DATASET + 1*DATASET`; see docs/data.md."""
 
     output_dir: str = "."
     """Folder of the run; `--output-dir` replaces it."""

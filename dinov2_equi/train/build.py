@@ -12,7 +12,7 @@ from dinov2_equi.config.schema import Config
 from dinov2_equi.data.augmentations import DataAugmentationDINO
 from dinov2_equi.data.batch import Batch
 from dinov2_equi.data.datasets.base import DatasetError, ImageDataset, UnreadableImageError
-from dinov2_equi.data.datasets.holdout import split_holdout
+from dinov2_equi.data.datasets.holdout import hold_back
 from dinov2_equi.data.datasets.make import make_dataset
 from dinov2_equi.data.datasets.readable import ReadableImages
 from dinov2_equi.data.datasets.sample_photos import SamplePhotos
@@ -65,7 +65,7 @@ def build_datasets(cfg: Config) -> tuple[ImageDataset, ImageDataset | None]:
     if isinstance(train, SamplePhotos):
         return train, SamplePhotos(split="VAL")
     if cfg.data.holdout_fraction > 0 and len(train) > 1:
-        kept, held_back = split_holdout(train, cfg.data.holdout_fraction, cfg.train.seed)
+        kept, held_back = hold_back(train, cfg.data.holdout_fraction, cfg.train.seed)
         return kept, ReadableImages(held_back)
     return train, None
 

@@ -16,6 +16,7 @@ from dinov2_equi.data.augmentations import DataAugmentationDINO
 from dinov2_equi.data.bad_images import BadImage, TooManyBadImagesError, check_shape
 from dinov2_equi.data.batch import Batch
 from dinov2_equi.data.collate import MaskRecipe, Sample, SourceSample, collate, collate_sources
+from dinov2_equi.data.crop_pixels import use_one_thread
 from dinov2_equi.data.datasets.base import ImageDataset, UnreadableImageError
 from dinov2_equi.data.masking import MaskingGenerator
 from dinov2_equi.data.samplers import PositionSampler, RandomStream, SampleOrder, random_generator
@@ -166,6 +167,7 @@ def on_device(batch: Batch | SourceBatch, device: torch.device) -> Batch:
 def _start_worker(_: int) -> None:
     """Keep a worker to one thread: workers side by side would otherwise fight over the cores."""
     torch.set_num_threads(1)
+    use_one_thread()
 
 
 @contextlib.contextmanager

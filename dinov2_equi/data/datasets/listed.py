@@ -15,8 +15,8 @@ import numpy.typing as npt
 from PIL import Image
 from torch import Tensor
 
-from dinov2_equi.data.datasets.base import DatasetError, check_index, image_to_tensor
-from dinov2_equi.data.datasets.decode import read_rgb
+from dinov2_equi.data.datasets.base import DatasetError, check_index
+from dinov2_equi.data.datasets.decode import read_rgb, read_tensor
 from dinov2_equi.data.datasets.packed import PackedStrings
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -70,7 +70,7 @@ class ListedImages:
         Raises:
             UnreadableImageError: The file cannot be decoded; names the file.
         """
-        return image_to_tensor(read_rgb(self._base / self.name(index), min_short_side))
+        return read_tensor(self._base / self.name(index), min_short_side)
 
     def name(self, index: int) -> str:
         """Return the path of image `index` as it stands in the list."""

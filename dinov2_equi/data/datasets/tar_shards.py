@@ -28,8 +28,8 @@ from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
-from dinov2_equi.data.datasets.base import DatasetError, UnreadableImageError, check_index, image_to_tensor
-from dinov2_equi.data.datasets.decode import decode_rgb
+from dinov2_equi.data.datasets.base import DatasetError, UnreadableImageError, check_index
+from dinov2_equi.data.datasets.decode import decode_rgb, decode_tensor
 from dinov2_equi.data.datasets.listed import IMAGE_SUFFIXES
 from dinov2_equi.data.datasets.packed import PackedStrings
 from dinov2_equi.logging.console import get_console
@@ -96,7 +96,7 @@ class TarShards:
         Raises:
             UnreadableImageError: The image cannot be decoded; names shard and file.
         """
-        return image_to_tensor(decode_rgb(io.BytesIO(self._read(index)), self._path(index), min_short_side))
+        return decode_tensor(self._read(index), self._path(index), min_short_side)
 
     def name(self, index: int) -> str:
         """Return the name of the shard and the path of image `index` in it."""

@@ -165,7 +165,8 @@ class TrainConfig:
     """Images in the batch of one process, B."""
 
     dataset_path: str = "ImageNet:split=TRAIN"
-    """Data set: a folder of images, or a form such as `ImageNet:split=TRAIN:root=...` or `sample_photos`."""
+    """Data set: the path of a folder of images, of a list, a table, a pattern or tar shards, or a form such as
+    `ImageNet:split=TRAIN:root=...`, `sample_photos` or `mix:3*DATASET + 1*DATASET`; see docs/data.md."""
 
     output_dir: str = "."
     """Folder of the run; `--output-dir` replaces it."""
@@ -481,6 +482,10 @@ class DataConfig:
     """Where crops are resized and coloured. `cpu`: in the loader's processes. `device`: on the training device, a whole
     batch at once, which leaves to the processes little more than reading the files. The choices are the same, pixels
     differ by rounding."""
+
+    max_bad_fraction: float = 0.1
+    """Greatest share of images that cannot be used (damaged, too small, too long), in [0, 1]. Others take their place,
+    `bad_images.jsonl` lists them; above this share the training stops. Before 1,000 images, it is a share of 1,000."""
 
     holdout_fraction: float = 0.0
     """Share of the training images kept back for the report's pictures and probe, in [0, 1); 0: none. The data set

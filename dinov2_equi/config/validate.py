@@ -159,6 +159,7 @@ RULES: Mapping[str, Rule] = {
     "equi.decoder.patch_fraction": _fraction(with_zero=False, with_one=True),
     "data.mean": _THREE_NUMBERS,
     "data.std": _THREE_POSITIVE,
+    "data.max_bad_fraction": _PROBABILITY,
     "data.holdout_fraction": _BELOW_ONE,
     "logging.metrics_every_steps": _COUNT,
     "logging.diagnostics_every_steps": _NOT_NEGATIVE,

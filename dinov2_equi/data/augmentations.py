@@ -8,17 +8,16 @@ colour operations on the small float crop.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as tvf
 
-from dinov2_equi.data.color import adjust_hue, gaussian_blur
+from dinov2_equi.data import crop_pixels
+from dinov2_equi.data.crop_pixels import Affine, Pixels
 from dinov2_equi.data.datasets.base import image_to_tensor
 
 BLUR_CHOICES = ("intended", "dinov2_released")
@@ -33,6 +32,9 @@ _BLUR_SIGMA_RANGE = (0.1, 2.0)  # pixels
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 0.4, 0.4, 0.2, 0.1
 _ASPECT_RANGE = (3 / 4, 4 / 3)  # width / height of the cut-out
 _CUT_ATTEMPTS = 10
+_BOX_NUMBERS = 2 * _CUT_ATTEMPTS + 2  # uniform numbers: areas, aspects, place
+_CHOICE_NUMBERS = 5 + 8 + 1  # uniform numbers: which operations, jitter, blur
+_HUE_NUMBER = 3  # in the order of the jitter
 
 
 @dataclass(frozen=True)
@@ -119,22 +121,15 @@ class CropRecipe:
         other choice as it was.
         """
         box = draw_box(source_size, self.scale, rng)
-        flip, jitter, gray, blur, solarize = rng.random(5) < (
-            self.flip_prob,
-            self.jitter_prob,
-            self.gray_prob,
-            self.blur_prob,
-            self.solarize_prob,
-        )
-        color_jitter = _draw_color_jitter(rng)
-        blur_sigma = rng.uniform(*_BLUR_SIGMA_RANGE)
+        flip, jitter, gray, blur, solarize, *strengths, blur_strength = rng.random(_CHOICE_NUMBERS).tolist()
+        least_sigma, greatest_sigma = _BLUR_SIGMA_RANGE
         return CropParams(
             box=box,
-            is_flipped=bool(flip),
-            jitter=color_jitter if jitter else None,
-            is_gray=bool(gray),
-            blur_sigma=blur_sigma if blur else None,
-            is_solarized=bool(solarize),
+            is_flipped=flip < self.flip_prob,
+            jitter=_color_jitter_of(strengths) if jitter < self.jitter_prob else None,
+            is_gray=gray < self.gray_prob,
+            blur_sigma=least_sigma + (greatest_sigma - least_sigma) * blur_strength if blur < self.blur_prob else None,
+            is_solarized=solarize < self.solarize_prob,
         )
 
 
@@ -199,6 +194,7 @@ class DataAugmentationDINO:
                 solarize_prob=solarize_prob,
             )
 
+        crop_pixels.use_one_thread()
         self.global_recipes = (
             recipe(global_crops_size, global_crops_scale, global_blur_probs[0], 0.0),
             recipe(global_crops_size, global_crops_scale, global_blur_probs[1], solarize_prob),
@@ -240,8 +236,11 @@ def _make_crops(source: Tensor, choices: Sequence[CropParams], size: tuple[int, 
     """Return one crop for each of the choices, float32 [len(choices), 3, H, W], all of one size (H, W)."""
     crops = torch.empty(len(choices), 3, *size)
     for crop, params in zip(crops, choices, strict=True):
-        crop.copy_(make_crop(source, params, size))
-    return crops
+        resized = crop_pixels.cut_and_resize(source, params.box, size)
+        if params.is_flipped:
+            resized = np.ascontiguousarray(resized[:, ::-1])
+        crop_pixels.write_planes(_color(resized.astype(np.float32), params), crop)
+    return crops.div_(crop_pixels.FULL)
 
 
 def make_crop(source: Tensor, params: CropParams, size: tuple[int, int]) -> Tensor:
@@ -252,35 +251,56 @@ def make_crop(source: Tensor, params: CropParams, size: tuple[int, int]) -> Tens
         params: What to do.
         size: (H, W) of the crop in pixels.
     """
-    top, left, height, width = params.box
-    crop: Tensor = tvf.resized_crop(
-        source, top, left, height, width, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True
-    )
-    if params.is_flipped:
-        crop = tvf.horizontal_flip(crop)
-    crop = crop.contiguous().to(torch.float32).div_(255.0)
+    return _make_crops(source, [params], size)[0]
+
+
+def _color(pixels: Pixels, params: CropParams) -> Pixels:
+    """Return a crop with its colours changed, blurred and solarised."""
+    pending: Affine | None = None
     if params.jitter is not None:
-        crop = apply_color_jitter(crop, params.jitter)
+        pixels, pending = _jitter(pixels, params.jitter)
     if params.is_gray:
-        crop = tvf.rgb_to_grayscale(crop, num_output_channels=3)
+        pending = _after(pending, crop_pixels.saturation(0.0))
+    pixels = crop_pixels.change_colors(pixels, pending)
     if params.blur_sigma is not None:
-        crop = gaussian_blur(crop, params.blur_sigma, BLUR_KERNEL_PX)
+        pixels = crop_pixels.blur(pixels, params.blur_sigma, BLUR_KERNEL_PX)
     if params.is_solarized:
-        crop = tvf.solarize(crop, SOLARIZE_THRESHOLD)
-    return crop.contiguous()
+        pixels = crop_pixels.solarize_(pixels, SOLARIZE_THRESHOLD * crop_pixels.FULL)
+    return pixels
+
+
+def _jitter(pixels: Pixels, jitter: ColorJitter) -> tuple[Pixels, Affine | None]:
+    """Return a crop with its brightness, contrast, saturation and hue changed, and a change that is still to be made.
+
+    Changes that cannot leave 0..255 are multiplied together; one that can is made and clamped at once.
+    """
+    pending: Affine | None = None
+    for number in jitter.order:
+        if number == _HUE_NUMBER:
+            pixels, pending = crop_pixels.turn_hue(crop_pixels.change_colors(pixels, pending), jitter.hue), None
+            continue
+        factor = (jitter.brightness, jitter.contrast, jitter.saturation)[number]
+        if number == 0:
+            change = crop_pixels.brightness(factor)
+        elif number == 1:
+            change = crop_pixels.contrast(factor, crop_pixels.mean_luma(pixels, pending))
+        else:
+            change = crop_pixels.saturation(factor)
+        pending = _after(pending, change)
+        if factor > 1:
+            pixels, pending = crop_pixels.clamp_(crop_pixels.change_colors(pixels, pending)), None
+    return pixels, pending
+
+
+def _after(pending: Affine | None, change: Affine) -> Affine:
+    return change if pending is None else change @ pending
 
 
 def apply_color_jitter(crop: Tensor, jitter: ColorJitter) -> Tensor:
     """Return a crop, float32 [3, H, W] in [0, 1], with its brightness, contrast, saturation and hue changed."""
-    operations: tuple[Callable[[Tensor], Tensor], ...] = (
-        lambda image: tvf.adjust_brightness(image, jitter.brightness),
-        lambda image: tvf.adjust_contrast(image, jitter.contrast),
-        lambda image: tvf.adjust_saturation(image, jitter.saturation),
-        lambda image: adjust_hue(image, jitter.hue),
-    )
-    for number in jitter.order:
-        crop = operations[number](crop)
-    return crop
+    pixels = np.ascontiguousarray(crop.permute(1, 2, 0).numpy()) * np.float32(crop_pixels.FULL)
+    changed = torch.from_numpy(crop_pixels.change_colors(*_jitter(pixels, jitter)))
+    return changed.permute(2, 0, 1).contiguous().div_(crop_pixels.FULL)  # [H, W, 3] -> [3, H, W]
 
 
 def draw_box(
@@ -297,18 +317,23 @@ def draw_box(
         scale: Least and greatest share of the area.
         rng: Advanced by the same number of values whatever the outcome.
     """
+    return _box_of(source_size, scale, rng.random(_BOX_NUMBERS).tolist())
+
+
+def _box_of(
+    source_size: tuple[int, int], scale: tuple[float, float], uniforms: Sequence[float]
+) -> tuple[int, int, int, int]:
+    """Return the cut-out that numbers in [0, 1) stand for: areas, aspects, place (y, x)."""
     source_height, source_width = source_size
-    areas = rng.uniform(*scale, _CUT_ATTEMPTS) * (source_height * source_width)
-    aspects = np.exp(rng.uniform(math.log(_ASPECT_RANGE[0]), math.log(_ASPECT_RANGE[1]), _CUT_ATTEMPTS))
-    place_y, place_x = rng.random(2)
-    heights = np.rint(np.sqrt(areas / aspects)).astype(int)
-    widths = np.rint(np.sqrt(areas * aspects)).astype(int)
-    fits = (heights >= 1) & (heights <= source_height) & (widths >= 1) & (widths <= source_width)
-    if not fits.any():
-        return _largest_centred_box(source_size)
-    first = int(np.argmax(fits))
-    height, width = int(heights[first]), int(widths[first])
-    return int(place_y * (source_height - height + 1)), int(place_x * (source_width - width + 1)), height, width
+    least_aspect, aspects = math.log(_ASPECT_RANGE[0]), math.log(_ASPECT_RANGE[1]) - math.log(_ASPECT_RANGE[0])
+    for attempt in range(_CUT_ATTEMPTS):
+        area = (scale[0] + (scale[1] - scale[0]) * uniforms[attempt]) * (source_height * source_width)
+        aspect = math.exp(least_aspect + aspects * uniforms[_CUT_ATTEMPTS + attempt])
+        height, width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 1 <= height <= source_height and 1 <= width <= source_width:
+            place_y, place_x = uniforms[-2], uniforms[-1]
+            return int(place_y * (source_height - height + 1)), int(place_x * (source_width - width + 1)), height, width
+    return _largest_centred_box(source_size)
 
 
 def _largest_centred_box(source_size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -321,15 +346,17 @@ def _largest_centred_box(source_size: tuple[int, int]) -> tuple[int, int, int, i
     return (source_size[0] - height) // 2, (source_size[1] - width) // 2, height, width
 
 
-def _draw_color_jitter(rng: np.random.Generator) -> ColorJitter:
-    brightness, contrast, saturation, hue = rng.uniform(-1.0, 1.0, 4)
+def _color_jitter_of(uniforms: Sequence[float]) -> ColorJitter:
+    """Return the jitter that eight numbers in [0, 1) stand for: four strengths, four keys of the order."""
+    brightness, contrast, saturation, hue = (2.0 * value - 1.0 for value in uniforms[:4])
+    keys = uniforms[4:]
     return ColorJitter(
         brightness=1.0 + _BRIGHTNESS * brightness,
         contrast=1.0 + _CONTRAST * contrast,
         saturation=1.0 + _SATURATION * saturation,
         hue=_HUE * hue,
         # Sorting four uniform values: a uniform order from a fixed number of draws.
-        order=tuple(int(number) for number in np.argsort(rng.random(4))),
+        order=tuple(sorted(range(4), key=keys.__getitem__)),
     )
 
 

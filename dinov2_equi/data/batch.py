@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from dinov2_equi.data.bad_images import BadImage
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -31,6 +33,9 @@ class Batch:
     positions: Tensor
     """int64 [B], place of each image in the order of the whole training."""
 
+    bad_images: tuple[BadImage, ...] = ()
+    """Images that others in the batch stand in for."""
+
     @property
     def batch_size(self) -> int:
         """Number of images, B."""
@@ -40,6 +45,11 @@ class Batch:
     def num_local_crops(self) -> int:
         """Number of local crops of one image, L."""
         return len(self.local_crops) // self.batch_size
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor by its name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch with every tensor on `device`, but `positions`, which only seed random draws on the CPU.
@@ -56,4 +66,4 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        return Batch(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
+        return Batch(bad_images=self.bad_images, **{name: function(part) for name, part in self.tensors().items()})

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dinov2_equi.data.augmentations import Choices, Crops
+from dinov2_equi.data.bad_images import BadImage
 from dinov2_equi.data.batch import Batch
 from dinov2_equi.data.device_augmentation import plan_crops
 from dinov2_equi.data.masking import MaskingGenerator, draw_mask_sizes
@@ -24,6 +25,8 @@ class Sample:
 
     crops: Crops
     position: int
+    bad_images: tuple[BadImage, ...] = ()
+    """Images that should have stood here and cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class SourceSample:
     """uint8 [3, H, W]."""
     choices: Choices
     position: int
+    bad_images: tuple[BadImage, ...] = ()
+    """See `Sample`."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ def collate(samples: Sequence[Sample], masks: MaskRecipe) -> Batch:
         global_crops=global_crops,
         local_crops=_stack_crop_major([sample.crops.local_crops for sample in samples]),
         positions=_positions(samples),
+        bad_images=_bad_images(samples),
         **masks.draw([sample.position for sample in samples], len(global_crops) // len(samples)),
     )
 
@@ -90,12 +96,17 @@ def collate_sources(
         global_plan=global_plan,
         local_plan=plan_crops([sample.choices.local_crops for sample in samples], local_size),
         positions=_positions(samples),
+        bad_images=_bad_images(samples),
         **masks.draw([sample.position for sample in samples], len(samples[0].choices.global_crops)),
     )
 
 
 def _positions(samples: Sequence[Sample] | Sequence[SourceSample]) -> Tensor:
     return torch.tensor([sample.position for sample in samples], dtype=torch.int64)
+
+
+def _bad_images(samples: Sequence[Sample] | Sequence[SourceSample]) -> tuple[BadImage, ...]:
+    return tuple(image for sample in samples for image in sample.bad_images)
 
 
 def _pad_to_largest(images: Sequence[Tensor]) -> Tensor:

@@ -13,19 +13,24 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dinov2_equi.data.augmentations import DataAugmentationDINO
+from dinov2_equi.data.bad_images import BadImage, TooManyBadImagesError, check_shape
 from dinov2_equi.data.batch import Batch
 from dinov2_equi.data.collate import MaskRecipe, Sample, SourceSample, collate, collate_sources
-from dinov2_equi.data.datasets.base import ImageDataset
+from dinov2_equi.data.crop_pixels import use_one_thread
+from dinov2_equi.data.datasets.base import ImageDataset, UnreadableImageError
 from dinov2_equi.data.masking import MaskingGenerator
 from dinov2_equi.data.samplers import PositionSampler, RandomStream, SampleOrder, random_generator
 from dinov2_equi.data.signals import ignore_stop_signals
 from dinov2_equi.data.source_batch import SourceBatch
 
+_ATTEMPTS = 64  # images tried for one position: with half of them bad, one in 10^19 positions finds none
+
 
 class PositionedImages:
     """Images by position: which image, and everything random about its crops, follow from (seed, position) alone.
 
-    PyTorch's own random state is neither read nor changed.
+    An image that cannot be used is replaced by others, drawn from (seed, position), until one can. PyTorch's own random
+    state is neither read nor changed.
 
     Args:
         dataset: Where the images come from.
@@ -39,13 +44,32 @@ class PositionedImages:
         self.seed = seed
         self._order = SampleOrder(len(dataset), seed)
 
-    def load(self, position: int) -> Tensor:
+    def load(self, position: int) -> tuple[Tensor, tuple[BadImage, ...]]:
         """Return the image at a position of the training, position >= 0 without an upper end: uint8 [3, H, W].
 
+        Also returned: the images that should have stood there and cannot be used.
+
         Raises:
-            UnreadableImageError: The image cannot be decoded; names the file.
+            TooManyBadImagesError: Not one of `_ATTEMPTS` images in a row can be used; names the last.
         """
-        return self.dataset.load_tensor(self._order.index(position), self.augmentation.min_source_side)
+        bad: list[BadImage] = []
+        for index in self._candidates(position):
+            try:
+                image = self.dataset.load_tensor(index, self.augmentation.min_source_side)
+                return check_shape(image, self.dataset.name(index)), tuple(bad)
+            except UnreadableImageError as error:
+                bad.append(BadImage(index, error.path or self.dataset.name(index), error.reason))
+        raise TooManyBadImagesError(
+            f"none of {_ATTEMPTS} images in a row can be used; the last is {bad[-1].path}: {bad[-1].reason}. "
+            "Look at the data set, and remove what is no image"
+        )
+
+    def _candidates(self, position: int) -> Iterator[int]:
+        """Yield the numbers of the image at a position and of those that may stand in for it."""
+        yield self._order.index(position)
+        rng = random_generator(RandomStream.REPLACEMENT, self.seed, position)
+        for _ in range(_ATTEMPTS - 1):
+            yield int(rng.integers(len(self.dataset)))
 
     def generator(self, position: int) -> np.random.Generator:
         """Return the source of everything random about the crops at a position."""
@@ -57,9 +81,9 @@ class MultiCropDataset(PositionedImages, Dataset[Sample]):
 
     def __getitem__(self, position: int) -> Sample:
         """Return the crops of the image at a position; see `load`."""
-        image = self.load(position)
+        image, bad_images = self.load(position)
         with _one_thread():
-            return Sample(crops=self.augmentation(image, self.generator(position)), position=position)
+            return Sample(self.augmentation(image, self.generator(position)), position, bad_images)
 
 
 class SourceDataset(PositionedImages, Dataset[SourceSample]):
@@ -67,10 +91,10 @@ class SourceDataset(PositionedImages, Dataset[SourceSample]):
 
     def __getitem__(self, position: int) -> SourceSample:
         """Return the image at a position, and what to crop from it; see `load`."""
-        source = self.load(position)
+        source, bad_images = self.load(position)
         height, width = source.shape[-2:]
         choices = self.augmentation.draw((height, width), self.generator(position))
-        return SourceSample(source=source, choices=choices, position=position)
+        return SourceSample(source, choices, position, bad_images)
 
 
 def make_train_loader(
@@ -144,6 +168,7 @@ def on_device(batch: Batch | SourceBatch, device: torch.device) -> Batch:
 def _start_worker(_: int) -> None:
     """Keep a worker to one thread, or they would fight over the cores; signals are for the training process."""
     torch.set_num_threads(1)
+    use_one_thread()
     ignore_stop_signals()
 
 

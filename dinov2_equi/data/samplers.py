@@ -33,6 +33,8 @@ class RandomStream(enum.IntEnum):
     """Which patches of a crop are masked, once it is known how many."""
     RANK = 6
     """What a process draws beside the data: stochastic depth."""
+    REPLACEMENT = 7
+    """Which images stand in for one that cannot be used."""
 
 
 def random_generator(stream: RandomStream, seed: int, number: int) -> np.random.Generator:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov2_equi.data.bad_images import BadImage
 from dinov2_equi.data.batch import Batch
 from dinov2_equi.data.device_augmentation import CropPlan, make_crops
 
@@ -22,10 +23,11 @@ class SourceBatch:
     global_plan: CropPlan
     local_plan: CropPlan
     masks: Tensor
-    """See `Batch`, as for the next three."""
+    """See `Batch`, as for the next four."""
     mask_indices: Tensor
     mask_weights: Tensor
     positions: Tensor
+    bad_images: tuple[BadImage, ...] = ()
 
     @property
     def batch_size(self) -> int:
@@ -41,6 +43,7 @@ class SourceBatch:
             mask_indices=self.mask_indices,
             mask_weights=self.mask_weights,
             positions=self.positions,
+            bad_images=self.bad_images,
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SourceBatch:
@@ -53,4 +56,6 @@ class SourceBatch:
         return self._map(lambda part: part.pin_memory())
 
     def _map(self, function: Callable[[Any], Any]) -> SourceBatch:
-        return SourceBatch(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        del values["bad_images"]
+        return replace(self, **{name: function(value) for name, value in values.items()})

@@ -18,6 +18,7 @@ from dinov2_equi.config.schema import Config
 from dinov2_equi.data.datasets.base import ImageDataset
 from dinov2_equi.data.datasets.holdout import evenly_spread
 from dinov2_equi.data.datasets.make import make_dataset
+from dinov2_equi.data.datasets.readable import ReadableImages
 from dinov2_equi.evaluation.classification import TASKS, LabelledFeatures, TaskSettings
 from dinov2_equi.evaluation.eval_model import EvalModel
 from dinov2_equi.evaluation.labelled import matching_labels
@@ -127,9 +128,13 @@ def _choose_sets(cfg: Config, dataset: ImageDataset, holdout: ImageDataset | Non
     is_labelled = val is not None and train.targets is not None and val.targets is not None
     limit = settings.max_images
     return Sets(
-        labelled=(evenly_spread(train, limit), evenly_spread(val, limit)) if val is not None and is_labelled else None,
+        labelled=(_some(train, limit), _some(val, limit)) if val is not None and is_labelled else None,
         probe=None if holdout is None else build_probe_datasets(dataset, holdout),
     )
+
+
+def _some(dataset: ImageDataset, max_images: int) -> ImageDataset:
+    return ReadableImages(evenly_spread(dataset, max_images))
 
 
 def _measurements(cfg: Config, sets: Sets, device: torch.device) -> dict[str, Measurement]:

@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(reason: object, code: int) -> int:
     message = str(reason)
     if "Original Traceback" in message:  # an error of a loader process arrives with its traceback as text
-        message = message.strip().rsplit("Error: ", 1)[-1]
+        message = message.strip().rsplit(f"{type(reason).__name__}: ", 1)[-1]
     sys.stderr.write(f"error: {message}\n")
     return code
 

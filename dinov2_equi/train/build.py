@@ -11,9 +11,10 @@ from dinov2_equi.config.derive import Derived
 from dinov2_equi.config.schema import Config
 from dinov2_equi.data.augmentations import DataAugmentationDINO
 from dinov2_equi.data.batch import Batch
-from dinov2_equi.data.datasets.base import DatasetError, ImageDataset
-from dinov2_equi.data.datasets.holdout import split_holdout
+from dinov2_equi.data.datasets.base import DatasetError, ImageDataset, UnreadableImageError
+from dinov2_equi.data.datasets.holdout import hold_back
 from dinov2_equi.data.datasets.make import make_dataset
+from dinov2_equi.data.datasets.readable import ReadableImages
 from dinov2_equi.data.datasets.sample_photos import SamplePhotos
 from dinov2_equi.data.datasets.small_photos import SmallPhotos
 from dinov2_equi.data.loaders import make_train_loader
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 _LOOKED_AT = 16
 """Images that are looked at before a family of colours is believed to have any."""
+_LOOKED_AT_PX = 32
 
 
 def select_device(cfg: Config, local_rank: int = 0) -> torch.device:
@@ -62,18 +64,20 @@ def select_device(cfg: Config, local_rank: int = 0) -> torch.device:
 def build_datasets(cfg: Config) -> tuple[ImageDataset, ImageDataset | None]:
     """Return the training images and the held-back ones for pictures and probe (None: nothing is held back).
 
-    The sample photographs hold back whole photographs; regions of one photograph would be no unseen images.
+    The sample photographs hold back whole photographs; regions of one photograph would be no unseen images. A held-back
+    image that cannot be read is replaced by the next one: what is measured at the end should not end in a fault.
 
     Raises:
         DatasetError: if a path or name is wrong; says what was looked for.
     """
     train = _make_dataset("train.dataset_path", cfg.train.dataset_path)
     if cfg.data.holdout_path:
-        return train, _make_dataset("data.holdout_path", cfg.data.holdout_path)
+        return train, ReadableImages(_make_dataset("data.holdout_path", cfg.data.holdout_path))
     if isinstance(train, SamplePhotos):
         return train, SamplePhotos(split="VAL")
     if cfg.data.holdout_fraction > 0 and len(train) > 1:
-        return split_holdout(train, cfg.data.holdout_fraction, cfg.train.seed)
+        kept, held_back = hold_back(train, cfg.data.holdout_fraction, cfg.train.seed)
+        return kept, ReadableImages(held_back)
     return train, None
 
 
@@ -88,7 +92,10 @@ def check_colors(cfg: Config, dataset: ImageDataset) -> None:
         return
     count = min(_LOOKED_AT, len(dataset))
     for index in range(count):
-        image = dataset.load_tensor(index * len(dataset) // count, 1)
+        try:
+            image = dataset.load_tensor(index * len(dataset) // count, _LOOKED_AT_PX)
+        except UnreadableImageError:
+            continue  # the training replaces it
         if not torch.equal(image, image[:1].expand_as(image)):
             return
     others = ", ".join(name for name in FAMILIES if name not in (*NEED_COLOR, MIXTURE))
@@ -105,7 +112,7 @@ def build_probe_datasets(train: ImageDataset, holdout: ImageDataset) -> tuple[Im
     """
     if isinstance(train, SamplePhotos):
         return SmallPhotos(split="TRAIN"), SmallPhotos(split="TEST")
-    return train, holdout
+    return ReadableImages(train), holdout
 
 
 def _make_dataset(key: str, spec: str) -> ImageDataset:

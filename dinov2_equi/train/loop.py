@@ -15,6 +15,7 @@ import torch
 from dinov2_equi.config.derive import Derived
 from dinov2_equi.config.load import to_yaml
 from dinov2_equi.config.schema import Config
+from dinov2_equi.data.bad_images import BadImageLog
 from dinov2_equi.data.batch import Batch
 from dinov2_equi.data.datasets.base import ImageDataset
 from dinov2_equi.data.loaders import on_device
@@ -68,6 +69,7 @@ def train(
         ResumeError: if the folder holds another run.
         NonFiniteLossError: if too many steps in a row were not finite, see `GuardedSteps`.
         RunStopped: on a signal, once the step is finished and saved.
+        TooManyBadImagesError: if more images than `data.max_bad_fraction` cannot be used.
     """
     store = CheckpointStore(output_dir / CHECKPOINTS, keep=cfg.train.checkpoint_keep)
     wait_for_all_ranks()  # the main process clears what a crash left behind
@@ -138,7 +140,9 @@ def _run_steps(
             progress = stack.enter_context(shown)
         stop = stack.enter_context(StopRequest().listening())
         state.model.train()
+        bad_images = BadImageLog(output_dir, cfg.data.max_bad_fraction)
         for batch, clock in _timed(loader):
+            bad_images.record(batch.batch_size, batch.bad_images)
             values = schedules.at(state.step)
             scalars = steps.run(on_device(batch, device), values)
             facts = _step_facts(values, clock.stop(derived.effective_batch_size), device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +43,7 @@ def write_bundle(
     (output_dir / FOLDER / CONFIG).write_text(to_yaml(cfg), encoding="utf-8")
     tensors = {
         "model": state.model.state_dict(),
-        "batch": {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)},
+        "batch": batch.tensors(),
         "rng": rng,
     }
     return store.save(state.step, tensors, {"teacher_temp": teacher_temp})
@@ -86,7 +85,8 @@ def replay_step(bundle: Path, device: torch.device) -> Replay:
     load_exact(model, content.tensors["model"])
     model.to(device).train()
     set_random_state(content.tensors["rng"])
-    batch = Batch(**content.tensors["batch"]).to(device)
+    tensors: dict[str, Any] = dict(content.tensors["batch"])
+    batch = Batch(**tensors).to(device)
     broken: list[str] = []
     for name, module in model.named_modules():
         module.register_forward_hook(_note_if_broken(name, broken))

@@ -22,8 +22,11 @@ logger = logging.getLogger(__name__)
 
 IDENTITY_SECTIONS = ("student", "dino", "ibot", "vicreg", "equi", "crops", "data")
 IDENTITY_KEYS = ("train.dataset_path", "train.seed", "train.centering")
-BATCH_SIZE, WORLD_SIZE = "train.batch_size_per_gpu", "world_size"
 """Settings that make a run the run it is: a resume under other values would be neither the old run nor a new one."""
+BATCH_SIZE, WORLD_SIZE = "train.batch_size_per_gpu", "world_size"
+"""Their product makes the run too."""
+FREE_KEYS = ("data.max_bad_fraction",)
+"""Settings of those sections that may differ all the same: they can stop a run, but do not change it."""
 SCHEDULE_KEYS = ("optim.", "teacher.", "train.OFFICIAL_EPOCH_LENGTH", "compute_precision.autocast")
 """Settings that may be changed on purpose, for instance for a longer run, but never unnoticed."""
 
@@ -93,7 +96,11 @@ def check_same_run(checkpoint: Checkpoint, cfg: Config) -> None:
     now = flat_config(cfg)
     before = flat_config(Config()) | checkpoint.state["config"]  # a key younger than the checkpoint had its default
     changed = [key for key in now if before[key] != now[key]]
-    identity = [key for key in changed if key.split(".")[0] in IDENTITY_SECTIONS or key in IDENTITY_KEYS]
+    identity = [
+        key
+        for key in changed
+        if (key.split(".")[0] in IDENTITY_SECTIONS and key not in FREE_KEYS) or key in IDENTITY_KEYS
+    ]
     listing = "; ".join(f"{key}: was {before[key]!r}, now {now[key]!r}" for key in identity)
     images = (before[BATCH_SIZE] * checkpoint.state.get(WORLD_SIZE, 1), now[BATCH_SIZE] * get_world_size())
     if images[0] != images[1]:

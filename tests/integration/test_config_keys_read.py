@@ -234,6 +234,7 @@ TEACHES_NOTHING: dict[str, str] = {
     "logging.tensorboard": "true",
     "logging.report": "true",
     "logging.pictures_every_steps": "2",
+    "data.max_bad_fraction": "0.2",
     "evaluation.eval_period_iterations": "1",
     "evaluation.in_process": "false",
     "evaluation.probe": "true",

@@ -448,7 +448,7 @@ def test_a_corrupt_image_ends_in_a_traceback(
     num_workers: int,
 ) -> None:
     overrides = [f"train.dataset_path={images}", "data.holdout_fraction=0", f"train.num_workers={num_workers}"]
-    assert lean_run(tmp_path / "run", *overrides) == 2
+    assert lean_run(tmp_path / "run", *overrides, "data.max_bad_fraction=0") == 2
     message = capsys.readouterr().err
     assert_readable(message, str(images / "broken.jpg"))
     assert message.count("\n") == 1

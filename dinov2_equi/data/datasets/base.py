@@ -15,7 +15,19 @@ class DatasetError(ValueError):
 
 
 class UnreadableImageError(DatasetError):
-    """One image file cannot be decoded: the message names the file."""
+    """One image file cannot be decoded: the message names the file.
+
+    Args:
+        message: The whole message.
+        path: The file, or the name of the image where it has none; empty: unknown.
+        reason: What is wrong with it; empty: the message says it.
+    """
+
+    # All but the message have defaults: an error of a loader process is built again from its message alone.
+    def __init__(self, message: str, *, path: str = "", reason: str = "") -> None:
+        super().__init__(message)
+        self.path = path
+        self.reason = reason or message
 
 
 class ImageDataset(Protocol):

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import io
 import struct
+import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
-from dinov2_equi.data.datasets.base import UnreadableImageError
+from dinov2_equi.data.datasets.base import UnreadableImageError, image_to_tensor
+from dinov2_equi.data.datasets.jpeg import JPEG_START, decode_common_jpeg
 
+MAX_PIXELS = 100_000_000
+"""Pixels of an image at most, 0.7 GB while it is decoded (2 GB at 16 bits); a JPEG counts as large as it is decoded."""
+
+_MAX_JPEG_BYTES = 2**28
 _WHITE = (255, 255, 255, 255)
-# What Pillow raises on damaged files: OSError (truncated, unknown format), SyntaxError (broken chunks), the next five
+# What Pillow raises on damaged files: OSError (truncated, unknown format), SyntaxError (broken chunks), the next ones
 # (broken headers and tags), DecompressionBombError (a header that claims a gigantic size).
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
     EOFError,
-    KeyError,
+    LookupError,
     TypeError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    MemoryError,
     struct.error,
     Image.DecompressionBombError,
 )
@@ -30,23 +44,73 @@ def read_rgb(path: Path, min_short_side: int | None = None) -> Image.Image:
 
     Args:
         path: The file; its content decides the format, not its name.
-        min_short_side: A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size (several times faster) as long as its
-            shorter side keeps this many pixels. None: full resolution.
+        min_short_side: The image may be shrunk by a whole number as long as its shorter side keeps this many pixels; a
+            JPEG is decoded at 1/2, 1/4 or 1/8 of its size, several times faster. None: full resolution.
 
     Raises:
-        UnreadableImageError: The file is missing, truncated or not an image; names the file and the cause.
+        UnreadableImageError: The file is missing, truncated, not an image, or has more than `MAX_PIXELS`; names the
+            file and the cause.
     """
+    return decode_rgb(path, str(path), min_short_side)
+
+
+def decode_rgb(file: Path | BinaryIO, name: str, min_short_side: int | None = None) -> Image.Image:
+    """Return the image in a file, open or not, as `read_rgb` does; `name` stands in the error message."""
     try:
-        with Image.open(path) as image:
-            if min_short_side is not None:
-                # Only JPEG takes the hint; the decoded size is never below the one asked for.
-                image.draft(None, (min_short_side, min_short_side))
-            return to_rgb(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on damaged tags and large sizes: here a file is good or bad
+            return _decode(file, min_short_side)
     except _DECODE_ERRORS as error:
+        reason = f"{type(error).__name__}: {error}"
         raise UnreadableImageError(
-            f"cannot read the image {path}: {type(error).__name__}: {error}. "
-            "Remove the file, or replace it by a readable copy."
+            f"cannot read the image {name}: {reason}. Remove the file, or replace it by a readable copy.",
+            path=name,
+            reason=reason,
         ) from error
+
+
+def read_tensor(path: Path, min_short_side: int | None = None) -> Tensor:
+    """Return the image of `read_rgb` as uint8 [3, H, W]; a common JPEG is decoded in half the time."""
+    return decode_tensor(path, str(path), min_short_side)
+
+
+def decode_tensor(file: Path | bytes, name: str, min_short_side: int | None = None) -> Tensor:
+    """Return the image in a file, or in its bytes, as `decode_rgb` does: uint8 [3, H, W].
+
+    Raises:
+        UnreadableImageError: See `read_rgb`; `name` stands in the message.
+    """
+    content = file if isinstance(file, bytes) else _jpeg_content(file)
+    pixels = None if content is None else decode_common_jpeg(content, min_short_side, MAX_PIXELS)
+    if pixels is not None:
+        return torch.from_numpy(pixels).permute(2, 0, 1)  # [H, W, 3] -> [3, H, W]
+    return image_to_tensor(decode_rgb(io.BytesIO(file) if isinstance(file, bytes) else file, name, min_short_side))
+
+
+def _jpeg_content(path: Path) -> bytes | None:
+    """Return the bytes of a JPEG file; None for any other, a gigantic one, and what cannot be read."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(JPEG_START))
+            if start != JPEG_START:
+                return None
+            rest = file.read(_MAX_JPEG_BYTES)
+    except OSError:
+        return None  # the slow way names the cause
+    return None if len(rest) == _MAX_JPEG_BYTES else start + rest
+
+
+def _decode(file: Path | BinaryIO, min_short_side: int | None) -> Image.Image:
+    with Image.open(file) as image:
+        if min_short_side is not None:
+            # Only JPEG takes the hint; the decoded size is never below the one asked for.
+            image.draft(None, (min_short_side, min_short_side))
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"{width} x {height} pixels are more than the {MAX_PIXELS:,} that are decoded at most")
+        rgb = to_rgb(image)
+    factor = 1 if min_short_side is None else max(min(rgb.size) // min_short_side, 1)
+    return rgb if factor == 1 else rgb.reduce(factor)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -8,8 +8,8 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from dinov2_equi.data.datasets.base import DatasetError, check_index, image_to_tensor
-from dinov2_equi.data.datasets.decode import read_rgb
+from dinov2_equi.data.datasets.base import DatasetError, check_index
+from dinov2_equi.data.datasets.decode import read_rgb, read_tensor
 
 
 class ImageFiles:
@@ -46,7 +46,7 @@ class ImageFiles:
     def load_tensor(self, index: int, min_short_side: int | None = None) -> Tensor:
         """Return image `index` as uint8 [3, H, W]; large JPEGs are decoded at a fraction of their size."""
         check_index(index, len(self), "the list of files")
-        return image_to_tensor(read_rgb(self._paths[index], min_short_side))
+        return read_tensor(self._paths[index], min_short_side)
 
     def name(self, index: int) -> str:
         """Return the path of image `index` as it was given."""

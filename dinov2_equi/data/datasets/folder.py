@@ -8,20 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image
-from torch import Tensor
 
-from dinov2_equi.data.datasets.base import DatasetError, check_index, image_to_tensor
-from dinov2_equi.data.datasets.decode import read_rgb
+from dinov2_equi.data.datasets.base import DatasetError
+from dinov2_equi.data.datasets.listed import IMAGE_SUFFIXES, LIST_SUFFIXES, TABLE_SUFFIXES, ListedImages
+from dinov2_equi.data.datasets.packed import PackedStrings
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _SPLIT_FOLDERS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 _SHOWN_ENTRIES = 5
 
 
-class ImageFolder:
+class ImageFolder(ListedImages):
     """The images below `root`, sorted by relative path; hidden files and folders are skipped, links are followed.
 
     Class numbers exist where every image lies in a sub-folder and there are at least two of them: the class is the
@@ -41,44 +39,9 @@ class ImageFolder:
         paths = sorted(_image_paths(self.root))
         if not paths:
             raise DatasetError(_describe_no_images(self.root))
-        # One array instead of a list of strings: workers share it, since reading it touches no reference count.
-        self._paths = np.array([os.fsencode(path) for path in paths])
-        self._targets, self._classes = _classes_of_paths(paths, self.root)
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self._paths)
-
-    def load(self, index: int) -> Image.Image:
-        """Return image `index` as upright RGB.
-
-        Raises:
-            UnreadableImageError: The file cannot be decoded; names the file.
-        """
-        return read_rgb(self.root / self.name(index))
-
-    def load_tensor(self, index: int, min_short_side: int | None = None) -> Tensor:
-        """Return image `index` as uint8 [3, H, W]; large JPEGs are decoded at a fraction of their size.
-
-        Raises:
-            UnreadableImageError: The file cannot be decoded; names the file.
-        """
-        return image_to_tensor(read_rgb(self.root / self.name(index), min_short_side))
-
-    def name(self, index: int) -> str:
-        """Return the path of image `index` below the root, with forward slashes."""
-        check_index(index, len(self), str(self.root))
-        return os.fsdecode(bytes(self._paths[index]))
-
-    @property
-    def targets(self) -> list[int] | None:
-        """Class number of each image, or None without class folders."""
-        return self._targets
-
-    @property
-    def classes(self) -> list[str]:
-        """Names of the class folders, sorted; empty without class folders."""
-        return self._classes
+        numbers, classes = _classes_of_paths(paths, self.root)
+        targets = None if numbers is None else np.array(numbers, np.int32)
+        super().__init__(PackedStrings.of(paths), self.root, targets=targets, classes=classes, what=str(self.root))
 
 
 def _check_is_folder(root: Path) -> None:
@@ -136,4 +99,13 @@ def _describe_no_images(root: Path) -> str:
     else:
         found = "it is empty"
     suffixes = " ".join(IMAGE_SUFFIXES)
-    return f"no image in the folder {root} or below it: {found}. Give a folder that holds images ({suffixes})."
+    lists = [name for name in entries if name.endswith((*LIST_SUFFIXES, *TABLE_SUFFIXES))]
+    if any(name.endswith(".tar") for name in entries):
+        advice = f"For tar shards give {root / '*.tar'}."
+    elif lists:
+        advice = f"If {lists[0]} lists the images, give {root / lists[0]}."
+    else:
+        advice = ""
+    return (
+        f"no image in the folder {root} or below it: {found}. Give a folder that holds images ({suffixes}). {advice}"
+    ).strip()

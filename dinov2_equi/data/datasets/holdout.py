@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from dinov2_equi.data.datasets.base import DatasetError, ImageDataset, check_index
+from dinov2_equi.data.datasets.mixture import Mixture
 
 
 class Subset:
@@ -89,6 +90,15 @@ def split_holdout(dataset: ImageDataset, fraction: float, seed: int) -> tuple[Su
     held = np.zeros(len(dataset), dtype=bool)
     held[_stratified_order(dataset.targets, len(dataset), seed)[:num_held]] = True
     return Subset(dataset, np.flatnonzero(~held)), Subset(dataset, np.flatnonzero(held))
+
+
+def hold_back(dataset: ImageDataset, fraction: float, seed: int) -> tuple[ImageDataset, ImageDataset]:
+    """Return (train, holdout) as `split_holdout` does; of a mixture each part is split, since it repeats images."""
+    if not isinstance(dataset, Mixture):
+        return split_holdout(dataset, fraction, seed)
+    split = [split_holdout(part, fraction, seed) for part in dataset.parts]
+    kept, held = zip(*split, strict=True)
+    return Mixture(kept, dataset.weights), Mixture(held)
 
 
 def _stratified_order(targets: list[int] | None, length: int, seed: int) -> np.ndarray:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import glob
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -13,14 +15,20 @@ from dinov2_equi.data.datasets.base import DatasetError, ImageDataset
 from dinov2_equi.data.datasets.folder import ImageFolder
 from dinov2_equi.data.datasets.image_net import ImageNet
 from dinov2_equi.data.datasets.inaturalist import INaturalist2018
+from dinov2_equi.data.datasets.listed import LIST_SUFFIXES, TABLE_SUFFIXES, find_images, read_list, read_table
+from dinov2_equi.data.datasets.mixture import Mixture
 from dinov2_equi.data.datasets.sample_photos import DEFAULT_REGIONS, SamplePhotos
 from dinov2_equi.data.datasets.small_photos import SmallPhotos
 from dinov2_equi.data.datasets.synthetic import SyntheticImages
+from dinov2_equi.data.datasets.tar_shards import TarShards
 from dinov2_equi.data.datasets.torchvision_sets import TorchvisionSet
 
 # A colon counts only before `key=`, so that paths may hold colons.
 _SEPARATOR = re.compile(r":(?=[A-Za-z_]+=)")
 VAL_FOLDERS = ("val", "validation", "test")
+MIX = "mix:"
+_MIX_USAGE = "mix:[WEIGHT*]DATASET + [WEIGHT*]DATASET + ..."
+_WEIGHT = re.compile(r"([0-9.eE+-]+)\*(.*)", re.DOTALL)
 _SIZE = re.compile(r"(\d+)x(\d+)")
 
 
@@ -38,21 +46,73 @@ def make_dataset(spec: str) -> ImageDataset:
 
     `sample_photos[:split=TRAIN|VAL][:regions=N]`, `small_photos[:split=TRAIN|TEST]`,
     `synthetic[:length=N][:size=HxW][:seed=N]`, `ImageNet:split=TRAIN|VAL:root=FOLDER`,
-    `iNaturalist2018:split=TRAIN|VAL:root=FOLDER`, `torchvision:name=NAME:root=FOLDER[:split=train|val]`,
-    `folder:root=FOLDER`, or the path of a folder of images.
+    `iNaturalist2018:split=TRAIN|VAL:root=FOLDER`,
+    `torchvision:name=NAME:root=FOLDER[:split=train|val]`, `folder:root=FOLDER`, `list:path=FILE[:root=FOLDER]`,
+    `table:path=FILE[:column=NAME][:label=NAME][:root=FOLDER]`, `glob:pattern=PATTERN`, `tar:path=PATTERN`;
+    `mix:3*DATASET + 1*DATASET` for several with weights. Or a path alone: a folder of images, a text list, a table
+    (CSV, TSV, Parquet), a pattern with wildcards, tar shards.
 
     Raises:
         DatasetError: Unknown name or key, a value of the wrong kind, or the data set's own fault (folder missing,
             no images); lists the forms and the nearest name.
     """
-    name, *fields = _SEPARATOR.split(spec.strip())
+    spec = spec.strip()
+    if spec.startswith(MIX):
+        return _make_mixture(spec)
+    name, *fields = _SEPARATOR.split(spec)
     form = _FORMS.get(name)
     if form is not None:
         return form.build(_parse_fields(name, form, fields))
     # A name with a separator can only be meant as a path: the folder's own error then says what is missing.
-    if "/" in name or os.sep in name or (spec.strip() and Path(spec.strip()).expanduser().exists()):
-        return ImageFolder(spec.strip())
+    if "/" in name or os.sep in name or (spec and (Path(spec).expanduser().exists() or _is_pattern(spec))):
+        return _of_path(spec)
     raise DatasetError(_describe_unknown(spec, name))
+
+
+def _of_path(path: str) -> ImageDataset:
+    """Return what lies at a path; its suffix and wildcards say what it should be."""
+    suffix = Path(path).suffix.lower()
+    if Path(path).expanduser().is_dir():
+        return ImageFolder(path)
+    if suffix == ".tar" or path.endswith((".tar.gz", ".tgz")):
+        return TarShards(path)
+    if _is_pattern(path):
+        return find_images(path)
+    if suffix in LIST_SUFFIXES:
+        return read_list(path)
+    if suffix in TABLE_SUFFIXES:
+        return read_table(path)
+    return ImageFolder(path)
+
+
+def _is_pattern(path: str) -> bool:
+    return glob.has_magic(path) and not Path(path).expanduser().exists()
+
+
+def _make_mixture(spec: str) -> Mixture:
+    """Return the data sets of `mix:2*A + 1*B`; without any weight their sizes are the shares."""
+    parts, weights = [], []
+    for text in re.split(r"\s\+\s", spec.removeprefix(MIX)):
+        match = _WEIGHT.fullmatch(text.strip())
+        name = match[2] if match else text.strip()
+        if not name or name.startswith(MIX):
+            raise DatasetError(f"{spec!r}: expected data sets between ' + ', no mixture among them; got {text!r}")
+        if match:
+            weights.append(_number(spec, match[1]))
+        parts.append(make_dataset(name))
+    if weights and len(weights) != len(parts):
+        raise DatasetError(f"{spec!r}: give every data set a weight, or none; the form is {_MIX_USAGE}")
+    return Mixture(parts, weights or None)
+
+
+def _number(spec: str, text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0.0 < number < math.inf:
+        raise DatasetError(f"{spec!r}: a weight must be a number above 0; got {text!r}")
+    return number
 
 
 def make_train_and_val(data: str | None, train: str | None, val: str | None) -> tuple[ImageDataset, ImageDataset]:
@@ -134,6 +194,23 @@ def _build_folder(values: Mapping[str, str]) -> ImageDataset:
     return ImageFolder(_root("folder", values))
 
 
+def _build_list(values: Mapping[str, str]) -> ImageDataset:
+    return read_list(_needed("list", "path", values), values.get("root"))
+
+
+def _build_table(values: Mapping[str, str]) -> ImageDataset:
+    path = _needed("table", "path", values)
+    return read_table(path, values.get("column", "path"), values.get("label"), values.get("root"))
+
+
+def _build_glob(values: Mapping[str, str]) -> ImageDataset:
+    return find_images(_needed("glob", "pattern", values))
+
+
+def _build_tar(values: Mapping[str, str]) -> ImageDataset:
+    return TarShards(_needed("tar", "path", values))
+
+
 _FORMS = {
     "sample_photos": _Form("sample_photos[:split=TRAIN|VAL][:regions=N]", ("split", "regions"), _build_sample_photos),
     "small_photos": _Form("small_photos[:split=TRAIN|TEST]", ("split",), _build_small_photos),
@@ -146,6 +223,12 @@ _FORMS = {
         _build_torchvision,
     ),
     "folder": _Form("folder:root=FOLDER", ("root",), _build_folder),
+    "list": _Form("list:path=FILE[:root=FOLDER]", ("path", "root"), _build_list),
+    "table": _Form(
+        "table:path=FILE[:column=NAME][:label=NAME][:root=FOLDER]", ("path", "column", "label", "root"), _build_table
+    ),
+    "glob": _Form("glob:pattern=PATTERN", ("pattern",), _build_glob),
+    "tar": _Form("tar:path=PATTERN", ("path",), _build_tar),
 }
 
 
@@ -161,9 +244,14 @@ def _integer(name: str, key: str, values: Mapping[str, str], default: int) -> in
 
 def _root(name: str, values: Mapping[str, str]) -> Path:
     """Return the folder given as root."""
-    if not values.get("root"):
-        raise DatasetError(f"data set {name!r} needs a root; its form is {_FORMS[name].usage}")
-    return Path(values["root"])
+    return Path(_needed(name, "root", values))
+
+
+def _needed(name: str, key: str, values: Mapping[str, str]) -> str:
+    """Return the value of a key that must be given."""
+    if not values.get(key):
+        raise DatasetError(f"data set {name!r} needs a {key}; its form is {_FORMS[name].usage}")
+    return values[key]
 
 
 def _nearest(word: str, known: Mapping[str, _Form] | tuple[str, ...]) -> str:
@@ -178,5 +266,6 @@ def _describe_unknown(spec: str, name: str) -> str:
     forms = "\n".join(f"  {form.usage}" for form in _FORMS.values())
     return (
         f"{spec!r} is neither a known data set nor an existing folder{_nearest(name, _FORMS)}. Known forms:\n"
-        f"{forms}\n  the path of a folder that holds images"
+        f"{forms}\n  {_MIX_USAGE}\n  the path of a folder of images, of a list ({' '.join(LIST_SUFFIXES)}), of a table "
+        f"({' '.join(TABLE_SUFFIXES)}), of tar shards, or a pattern with wildcards"
     )

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from dinov2_equi.data.datasets.base import DatasetError, UnreadableImageError
-from dinov2_equi.data.datasets.folder import IMAGE_SUFFIXES
+from dinov2_equi.data.datasets.listed import IMAGE_SUFFIXES
 
 TRAIN, VAL = "train", "val"
 SPLITS = (TRAIN, VAL)

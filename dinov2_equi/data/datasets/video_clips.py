@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from dinov2_equi.data.datasets.base import DatasetError, UnreadableImageError
-from dinov2_equi.data.datasets.folder import IMAGE_SUFFIXES
+from dinov2_equi.data.datasets.listed import IMAGE_SUFFIXES
 
 logger = logging.getLogger(__name__)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from torch._utils import ExceptionWrapper
 
 from dinov2_equi.data.augmentations import DataAugmentationDINO
+from dinov2_equi.data.bad_images import TooManyBadImagesError
 from dinov2_equi.data.batch import Batch
 from dinov2_equi.data.datasets.base import ImageDataset, UnreadableImageError
 from dinov2_equi.data.datasets.folder import ImageFolder
@@ -49,8 +51,9 @@ def batches(dataset: ImageDataset | None = None, **changes: int) -> list[Batch]:
 def assert_equal_bit_for_bit(one: list[Batch], other: list[Batch]) -> None:
     assert len(one) == len(other)
     for left, right in zip(one, other, strict=True):
-        for field in fields(Batch):
-            assert torch.equal(getattr(left, field.name), getattr(right, field.name)), field.name
+        for name, tensor in left.tensors().items():
+            assert torch.equal(tensor, right.tensors()[name]), name
+        assert left.bad_images == right.bad_images
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -123,9 +126,80 @@ def test_number_of_threads_changes_no_bit_and_is_restored() -> None:
     assert torch.equal(crops[0], crops[1]) and torch.equal(crops[0], crops[2])
 
 
-def test_unreadable_image_is_named(tmp_path: Path) -> None:
+def write_noise(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 256, (24, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:03d}.png")
+
+
+def png_of_claimed_size(width: int, height: int) -> bytes:
+    """Return a PNG of a few bytes whose header claims any size."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(1000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def test_a_header_that_claims_more_pixels_than_allowed_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "large.png").write_bytes(png_of_claimed_size(12_000, 10_000))  # below Pillow's own limit
+    with pytest.raises(UnreadableImageError, match="12000 x 10000 pixels are more than the 100,000,000"):
+        ImageFolder(tmp_path).load_tensor(0, 64)
+
+
+@pytest.fixture
+def folder_with_bad_images(tmp_path: Path) -> ImageFolder:
+    """Nine good images among eight bad ones, each bad in its own way."""
+    folder = tmp_path / "photos"
+    write_noise(folder, 9)
+    good = (folder / "000.png").read_bytes()
+    (folder / "a_no_image.jpg").write_bytes(b"nothing")
+    (folder / "b_empty.png").write_bytes(b"")
+    (folder / "c_cut_off.png").write_bytes(good[: len(good) // 2])
+    (folder / "d_text.webp").write_text("<html>404</html>")
+    Image.new("RGB", (1, 1)).save(folder / "e_pixel.png")
+    Image.new("RGB", (1, 10_000)).save(folder / "f_line.png")
+    Image.new("RGB", (10, 10_000)).save(folder / "g_strip.png")
+    (folder / "h_bomb.png").write_bytes(png_of_claimed_size(40_000, 40_000))
+    return ImageFolder(folder)
+
+
+def test_bad_images_are_replaced_by_good_ones_and_reported_with_path_and_reason(
+    folder_with_bad_images: ImageFolder,
+) -> None:
+    found = [image for batch in batches(folder_with_bad_images, num_steps=12) for image in batch.bad_images]
+    reasons = {Path(image.path).name: image.reason for image in found}
+    assert sorted(name[0] for name in reasons) == list("abcdefgh")
+    assert "cannot identify" in reasons["a_no_image.jpg"]
+    assert "1 x 1 pixels" in reasons["e_pixel.png"] and "10 x 10000 pixels" in reasons["g_strip.png"]
+    assert "1600000000 pixels" in reasons["h_bomb.png"]
+    assert all(folder_with_bad_images.name(image.index) == Path(image.path).name for image in found)
+
+
+@pytest.mark.parametrize(("num_workers", "start_step"), [(2, 0), (0, 3), (2, 3)])
+def test_bad_images_are_replaced_by_the_same_for_any_workers_and_after_a_resume(
+    folder_with_bad_images: ImageFolder, num_workers: int, start_step: int
+) -> None:
+    again = batches(folder_with_bad_images, num_workers=num_workers, start_step=start_step, num_steps=6 - start_step)
+    assert_equal_bit_for_bit(batches(folder_with_bad_images)[start_step:], again)
+
+
+def test_a_good_image_keeps_its_crops_whatever_stands_beside_it(tmp_path: Path) -> None:
+    write_noise(tmp_path, 7)
+    before = MultiCropDataset(ImageFolder(tmp_path), augmentation(), seed=0)
+    expected = [before[position].crops.global_crops for position in range(7)]
+    (tmp_path / "003.png").write_bytes(b"")
+    after = MultiCropDataset(ImageFolder(tmp_path), augmentation(), seed=0)
+    changed = [not torch.equal(after[position].crops.global_crops, expected[position]) for position in range(7)]
+    assert changed == [bool(after[position].bad_images) for position in range(7)] and sum(changed) == 1
+
+
+def test_a_data_set_without_a_single_good_image_is_given_up_and_not_read_for_ever(tmp_path: Path) -> None:
     (tmp_path / "broken.jpg").write_bytes(b"nothing")
-    with pytest.raises(UnreadableImageError, match=r"broken\.jpg"):
+    with pytest.raises(TooManyBadImagesError, match=r"64 images in a row.*broken\.jpg"):
         batches(ImageFolder(tmp_path))
 
 

@@ -145,9 +145,7 @@ def test_exif_rotated_jpeg_decoded_at_a_fraction_is_upright(tmp_path: Path) -> N
     assert image[8, 32, 0] > 240 and image[-8, 32, 2] > 240
 
 
-@pytest.mark.parametrize(
-    ("min_short_side", "expected"), [(None, 128), (65, 128), (64, 64), (33, 64), (16, 16), (1, 16)]
-)
+@pytest.mark.parametrize(("min_short_side", "expected"), [(None, 128), (65, 128), (64, 64), (33, 64), (16, 16), (1, 1)])
 def test_jpeg_is_never_decoded_smaller_than_asked(tmp_path: Path, min_short_side: int | None, expected: int) -> None:
     left_red_right_blue(128, 192).save(tmp_path / "large.jpg")
     assert min(read_rgb(tmp_path / "large.jpg", min_short_side).size) == expected
@@ -159,6 +157,17 @@ def test_jpeg_decoded_at_a_fraction_shows_the_same_picture(tmp_path: Path) -> No
     full = read_rgb(tmp_path / "large.jpg").resize(small.size, Image.Resampling.BOX)
     # Mean over the picture: the two differ at the edge between the colours alone.
     assert np.abs(np.asarray(small).astype(int) - np.asarray(full).astype(int)).mean() < 2
+
+
+@pytest.mark.parametrize(("min_short_side", "expected"), [(None, 128), (65, 128), (64, 64), (50, 64), (30, 32)])
+def test_file_of_another_kind_is_shrunk_by_a_whole_number(
+    tmp_path: Path, min_short_side: int | None, expected: int
+) -> None:
+    # Beside a large PNG every image of a batch would be padded to its size.
+    left_red_right_blue(128, 192).save(tmp_path / "large.png")
+    image = read_rgb(tmp_path / "large.png", min_short_side)
+    assert image.size == (expected * 3 // 2, expected)
+    assert image.getpixel((2, 2)) == (255, 0, 0) and image.getpixel((expected, 2)) == (0, 0, 255)
 
 
 def test_truncated_file_is_named(tmp_path: Path) -> None:

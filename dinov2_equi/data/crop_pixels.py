@@ -1,0 +1,128 @@
+"""Pixel operations of one crop, by OpenCV: float32 [H, W, 3] from 0 to 255, several times as fast as tensors are.
+
+Each gives what Pillow gives up to rounding to 8 bits, and what `color` gives for whole batches up to rounding in
+float32; the tests compare both.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dinov2_equi.data.color import GRAY_WEIGHTS
+
+Pixels = npt.NDArray[np.float32]
+"""float32 [H, W, 3], contiguous, 0 to 255."""
+Affine = npt.NDArray[np.float64]
+"""[4, 4]: a linear change of colours and an offset, on (red, green, blue, 1)."""
+
+FULL = 255.0
+_HUE_DEGREES = 360.0
+_LEAST_WEIGHT = 1e-6  # of a tap of the blur, the middle one being 1
+
+
+def use_one_thread() -> None:
+    """Keep OpenCV from starting threads: loader processes have one core each, and a fork does not survive threads."""
+    cv2.setNumThreads(0)
+
+
+def cut_and_resize(source: Tensor, box: tuple[int, int, int, int], size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """Return a cut-out of an image, bicubically resized with antialiasing: uint8 [h, w, 3].
+
+    Args:
+        source: uint8 [3, H, W].
+        box: top, left, height, width in pixels.
+        size: (h, w) of the result.
+    """
+    top, left, height, width = box
+    cut = source[None, :, top : top + height, left : left + width]
+    # Rows of whole pixels: PyTorch resizes those by vector instructions, and leaves the result so.
+    cut = cut.contiguous(memory_format=torch.channels_last)
+    if (height, width) != size:
+        cut = F.interpolate(cut, size, mode="bicubic", antialias=True)
+    return np.ascontiguousarray(cut[0].permute(1, 2, 0).numpy())  # [3, h, w] -> [h, w, 3]
+
+
+def _pixels(values: npt.ArrayLike) -> Pixels:
+    """Return values as float32, uncopied where they are: OpenCV does not say what it returns."""
+    return np.asarray(values, dtype=np.float32)
+
+
+def brightness(factor: float) -> Affine:
+    """Return the change that multiplies all channels."""
+    return np.diag([factor, factor, factor, 1.0])
+
+
+def contrast(factor: float, mean_luma: float) -> Affine:
+    """Return the change that moves colours away from the image's mean luma, 0 to 255."""
+    change = brightness(factor)
+    change[:3, 3] = (1 - factor) * mean_luma
+    return change
+
+
+def saturation(factor: float) -> Affine:
+    """Return the change that moves colours away from their own luma; 0: grey."""
+    change = brightness(factor)
+    change[:3, :3] += (1 - factor) * np.array(GRAY_WEIGHTS)
+    return change
+
+
+def mean_luma(pixels: Pixels, pending: Affine | None) -> float:
+    """Return the mean luma that pixels have after a change that is still to be made."""
+    means = np.array([*cv2.mean(pixels)[:3], 1.0])
+    if pending is not None:
+        means = pending @ means
+    return float(means[:3] @ GRAY_WEIGHTS)
+
+
+def change_colors(pixels: Pixels, change: Affine | None) -> Pixels:
+    """Return pixels after an affine change, not clamped."""
+    return pixels if change is None else _pixels(cv2.transform(pixels, change[:3].astype(np.float32)))
+
+
+def clamp_(pixels: Pixels) -> Pixels:
+    """Bring values into 0 to 255, in place."""
+    plane = pixels.reshape(pixels.shape[0], -1)
+    cv2.threshold(plane, FULL, 0, cv2.THRESH_TRUNC, dst=plane)
+    cv2.threshold(plane, 0, 0, cv2.THRESH_TOZERO, dst=plane)
+    return pixels
+
+
+def turn_hue(pixels: Pixels, shift: float) -> Pixels:
+    """Return pixels with their hue turned by a shift in turns."""
+    hsv = _pixels(cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV))  # degrees, 0 to 1, 0 to 255
+    # OpenCV takes hues beyond a turn, but none below 0.
+    np.add(hsv[:, :, 0], (shift % 1.0) * _HUE_DEGREES, out=hsv[:, :, 0])
+    return _pixels(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))
+
+
+def blur(pixels: Pixels, sigma: float, kernel_px: int) -> Pixels:
+    """Return pixels blurred with a Gaussian kernel of at most `kernel_px` taps, mirrored at the edges.
+
+    Taps too light to change a thousandth of a level are left out.
+    """
+    height, width = pixels.shape[:2]
+    across, down = (_kernel(sigma, min(kernel_px // 2, side - 1)) for side in (width, height))
+    return _pixels(cv2.sepFilter2D(pixels, -1, across, down, borderType=cv2.BORDER_REFLECT_101))
+
+
+def _kernel(sigma: float, radius: int) -> Pixels:
+    taps = np.arange(-radius, radius + 1)
+    weights = np.exp(-0.5 * (taps / sigma) ** 2)
+    weights = weights[weights >= _LEAST_WEIGHT]
+    return _pixels(weights / weights.sum())
+
+
+def solarize_(pixels: Pixels, threshold: float) -> Pixels:
+    """Invert the values from a threshold on, in place."""
+    np.subtract(FULL, pixels, out=pixels, where=pixels >= threshold)
+    return pixels
+
+
+def write_planes(pixels: Pixels, crop: Tensor) -> None:
+    """Write pixels into a crop, float32 [3, H, W], contiguous."""
+    cv2.mixChannels([pixels], list(crop.numpy()), [0, 0, 1, 1, 2, 2])

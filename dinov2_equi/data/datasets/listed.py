@@ -1,0 +1,247 @@
+"""Images whose paths stand in a list: a text file, a table, or what a pattern finds."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import glob
+import importlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from torch import Tensor
+
+from dinov2_equi.data.datasets.base import DatasetError, check_index
+from dinov2_equi.data.datasets.decode import read_rgb, read_tensor
+from dinov2_equi.data.datasets.packed import PackedStrings
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+LIST_SUFFIXES = (".txt", ".lst", ".list")
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
+_LOOKED_FOR = 16  # paths of a list, evenly spread, of which one must exist: looking for all takes minutes
+_SHOWN = 5
+
+
+class ListedImages:
+    """Images by their paths, which are kept in one array.
+
+    Args:
+        paths: Absolute, or below `base`.
+        base: What relative paths start from.
+        targets: Class number of each image, or None.
+        classes: Class names by number.
+        what: What the list is called in messages.
+    """
+
+    def __init__(
+        self,
+        paths: PackedStrings,
+        base: Path,
+        *,
+        targets: npt.NDArray[np.int32] | None = None,
+        classes: Sequence[str] = (),
+        what: str,
+    ) -> None:
+        self._paths = paths
+        self._base = base
+        self._targets = targets
+        self._classes = list(classes)
+        self._what = what
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self._paths)
+
+    def load(self, index: int) -> Image.Image:
+        """Return image `index` as upright RGB.
+
+        Raises:
+            UnreadableImageError: The file cannot be decoded; names the file.
+        """
+        return read_rgb(self._base / self.name(index))
+
+    def load_tensor(self, index: int, min_short_side: int | None = None) -> Tensor:
+        """Return image `index` as uint8 [3, H, W]; large JPEGs are decoded at a fraction of their size.
+
+        Raises:
+            UnreadableImageError: The file cannot be decoded; names the file.
+        """
+        return read_tensor(self._base / self.name(index), min_short_side)
+
+    def name(self, index: int) -> str:
+        """Return the path of image `index` as it stands in the list."""
+        check_index(index, len(self), self._what)
+        return self._paths[index]
+
+    @property
+    def targets(self) -> list[int] | None:
+        """Class number of each image, or None without classes."""
+        return None if self._targets is None else self._targets.tolist()
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names; empty without classes."""
+        return self._classes
+
+
+def read_list(file: Path | str, root: Path | str | None = None) -> ListedImages:
+    """Return the images of a text file: one path a line; empty lines and lines that begin with # are passed over.
+
+    Args:
+        file: The list.
+        root: What relative paths start from; None: the folder of the list.
+
+    Raises:
+        DatasetError: The list is missing, empty or no text, or none of its paths exists; says what was found.
+    """
+    file = _existing_file(file, "a text file with one path a line")
+    try:
+        with file.open(encoding="utf-8") as lines:
+            stripped = (line.strip() for line in lines)
+            paths = PackedStrings.of(line for line in stripped if line and not line.startswith("#"))
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{file} is no text ({error}); expected one path a line") from error
+    return _checked(paths, file, root)
+
+
+def read_table(
+    file: Path | str, column: str = "path", label: str | None = None, root: Path | str | None = None
+) -> ListedImages:
+    """Return the images of a table: CSV or TSV with a line of column names, or Parquet.
+
+    Args:
+        file: The table; its suffix says which kind.
+        column: Where the paths stand.
+        label: Where the classes stand; None: `label`, where there is such a column. Classes are sorted, whole numbers
+            by value.
+        root: What relative paths start from; None: the folder of the table.
+
+    Raises:
+        DatasetError: The table is missing, of another kind, has no rows or not that column (the columns are named), or
+            none of its paths exists.
+    """
+    file = _existing_file(file, f"a table ({' '.join(TABLE_SUFFIXES)})")
+    read = _read_parquet if file.suffix.lower() == ".parquet" else _read_csv
+    columns = read(file, [column, label or "label"], optional=() if label else ("label",))
+    paths = PackedStrings.of(columns[0])
+    if len(columns) == 1:
+        return _checked(paths, file, root)
+    classes = _sorted_classes(set(columns[1]))
+    number = {name: index for index, name in enumerate(classes)}
+    targets = np.fromiter((number[name] for name in columns[1]), np.int32, len(paths))
+    return _checked(paths, file, root, targets=targets, classes=classes)
+
+
+def find_images(pattern: str) -> ListedImages:
+    """Return the images that match a pattern, sorted: `*`, `?`, `[a-z]`, and `**` for any depth.
+
+    Raises:
+        DatasetError: Nothing matches, or no image does; says what was found.
+    """
+    expanded = str(Path(pattern).expanduser())
+    found = sorted(glob.glob(expanded, recursive=True))  # noqa: PTH207 (a Path refuses patterns from the root)
+    paths = [path for path in found if path.lower().endswith(IMAGE_SUFFIXES)]
+    if not paths:
+        shown = ", ".join(Path(path).name for path in found[:_SHOWN])
+        matched = f"it matches {len(found)} entries, none an image ({shown})" if found else "it matches nothing"
+        raise DatasetError(
+            f"no image for the pattern {pattern}: {matched}. Expected files that end in {' '.join(IMAGE_SUFFIXES)}, as "
+            f"with {pattern.rstrip('/*')}/**/*.jpg"
+        )
+    return ListedImages(PackedStrings.of(paths), Path(), what=pattern)
+
+
+def _existing_file(file: Path | str, expected: str) -> Path:
+    path = Path(file).expanduser()
+    if path.is_dir():
+        raise DatasetError(
+            f"{path} is a folder; expected {expected}. For the images in a folder, give its path alone, without a name "
+            "in front"
+        )
+    if not path.is_file():
+        raise DatasetError(f"no such file: {path}; expected {expected}")
+    return path
+
+
+def _checked(
+    paths: PackedStrings,
+    file: Path,
+    root: Path | str | None,
+    *,
+    targets: npt.NDArray[np.int32] | None = None,
+    classes: Sequence[str] = (),
+) -> ListedImages:
+    """Return the images, once one of some paths exists."""
+    base = file.parent if root is None else Path(root).expanduser()
+    if not len(paths):
+        raise DatasetError(f"{file} names no image")
+    count = min(_LOOKED_FOR, len(paths))
+    looked_for = [paths[index * len(paths) // count] for index in range(count)]
+    if not any((base / path).is_file() for path in looked_for):
+        raise DatasetError(
+            f"none of {count} paths looked for exists, of the {len(paths)} in {file}; the first is "
+            f"{base / looked_for[0]}. Relative paths start from {base}; add root=FOLDER for another start, as in "
+            f"list:path={file.name}:root=/data"
+        )
+    return ListedImages(paths, base, targets=targets, classes=classes, what=str(file))
+
+
+def _read_csv(file: Path, names: list[str], optional: tuple[str, ...]) -> list[list[str]]:
+    """Return the columns of these names, as far as they are not optional."""
+    with file.open(encoding="utf-8", newline="") as lines:
+        rows = csv.reader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
+        places = _places(next(rows, []), names, optional, file)
+        columns: list[list[str]] = [[] for _ in places]
+        for row in _full_rows(rows, max(places) + 1, file):
+            for column, place in zip(columns, places, strict=True):
+                column.append(row[place])
+    return columns
+
+
+def _full_rows(rows: Iterator[list[str]], least: int, file: Path) -> Iterator[list[str]]:
+    for number, row in enumerate(rows, start=2):
+        if row and len(row) < least:
+            raise DatasetError(f"line {number} of {file} has {len(row)} columns; expected at least {least}")
+        if row:
+            yield row
+
+
+def _read_parquet(file: Path, names: list[str], optional: tuple[str, ...]) -> list[list[str]]:
+    """Return the columns of these names, as far as they are not optional."""
+    try:
+        parquet: Any = importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise DatasetError(f"{file} needs the package pyarrow: pip install pyarrow ({error})") from error
+    try:
+        known = parquet.read_schema(file).names
+        wanted = [known[place] for place in _places(known, names, optional, file)]
+        table = parquet.read_table(file, columns=wanted)
+    except (OSError, ValueError) as error:  # what pyarrow raises on a damaged file is a ValueError
+        if isinstance(error, DatasetError):
+            raise
+        raise DatasetError(f"{file} is no Parquet file that can be read: {error}") from error
+    return [[str(value) for value in table.column(name).to_pylist()] for name in wanted]
+
+
+def _places(known: list[str], names: list[str], optional: tuple[str, ...], file: Path) -> list[int]:
+    """Return where the columns stand."""
+    for name in names:
+        if name not in known and name not in optional:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+            raise DatasetError(
+                f"{file} has no column {name!r}{hint}; its columns are {', '.join(known) or 'none'}. Name others, as "
+                f"in table:path={file.name}:column=COLUMN:label=COLUMN"
+            )
+    return [known.index(name) for name in names if name in known]
+
+
+def _sorted_classes(names: set[str]) -> list[str]:
+    """Return class names in order: whole numbers by value, others by letter."""
+    if all(name.lstrip("-").isdigit() for name in names):
+        return sorted(names, key=int)
+    return sorted(names)

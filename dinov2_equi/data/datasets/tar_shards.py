@@ -1,0 +1,285 @@
+"""Images in tar files, in WebDataset's layout, read in any order through an index that is written once.
+
+A shard is an uncompressed tar file. Files that share their path up to the first dot of the name belong together:
+`0001.jpg` is an image, `0001.cls` its class, a whole number as text. Everything else is passed over.
+
+Source: layout after WebDataset, github.com/webdataset/webdataset.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import tarfile
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from rich.progress import track
+from torch import Tensor
+
+from dinov2_equi.data.datasets.base import DatasetError, UnreadableImageError, check_index
+from dinov2_equi.data.datasets.decode import decode_rgb, decode_tensor
+from dinov2_equi.data.datasets.listed import IMAGE_SUFFIXES
+from dinov2_equi.data.datasets.packed import PackedStrings
+from dinov2_equi.logging.console import get_console
+
+logger = logging.getLogger(__name__)
+
+INDEX_FOLDER = ".dinov2_equi_index"
+ENTRY = np.dtype([("offset", "<u8"), ("size", "<u4"), ("shard", "<u4")])
+"""Where an image lies: 16 bytes."""
+
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_NO_CLASS = -1
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What the shards hold; the arrays are memory-mapped files, which all workers share."""
+
+    entries: npt.NDArray[np.void]
+    """`ENTRY` [n]."""
+    names: PackedStrings
+    labels: npt.NDArray[np.int32]
+    """[n], -1 where an image has no class."""
+
+
+class TarShards:
+    """The images of tar shards, in the order of the shards and within them.
+
+    The index lies in `.dinov2_equi_index` beside the first shard, or in the user's cache where that folder cannot be
+    written to. It is used again as long as names, sizes and times of the shards are the same.
+
+    Args:
+        pattern: Path of one shard, or of several: with wildcards, or numbers as in `train-{000000..000146}.tar`.
+
+    Raises:
+        DatasetError: No shard, a compressed or damaged one, or no image in them; says what was found and what to do.
+    """
+
+    def __init__(self, pattern: Path | str) -> None:
+        self._shards = _find_shards(str(pattern))
+        self._index = _load_or_build(self._shards)
+        if not len(self._index.entries):
+            raise DatasetError(f"no image ({' '.join(IMAGE_SUFFIXES)}) in {len(self._shards)} shards of {pattern}")
+        known = np.unique(self._index.labels)
+        self._has_classes = bool(known[0] != _NO_CLASS)
+        self._known_labels = known if self._has_classes else known[:0]
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self._index.entries)
+
+    def load(self, index: int) -> Image.Image:
+        """Return image `index` as upright RGB.
+
+        Raises:
+            UnreadableImageError: The image cannot be decoded; names shard and file.
+        """
+        return decode_rgb(io.BytesIO(self._read(index)), self._path(index), None)
+
+    def load_tensor(self, index: int, min_short_side: int | None = None) -> Tensor:
+        """Return image `index` as uint8 [3, H, W]; large JPEGs are decoded at a fraction of their size.
+
+        Raises:
+            UnreadableImageError: The image cannot be decoded; names shard and file.
+        """
+        return decode_tensor(self._read(index), self._path(index), min_short_side)
+
+    def name(self, index: int) -> str:
+        """Return the name of the shard and the path of image `index` in it."""
+        check_index(index, len(self), "the shards")
+        return f"{self._shards[int(self._index.entries[index]['shard'])].name}/{self._index.names[index]}"
+
+    @property
+    def targets(self) -> list[int] | None:
+        """Class number of each image; None unless every image has a class."""
+        if not self._has_classes:
+            return None
+        targets: list[int] = np.searchsorted(self._known_labels, self._index.labels).tolist()
+        return targets
+
+    @property
+    def classes(self) -> list[str]:
+        """The numbers in the `.cls` files, as text."""
+        return [str(label) for label in self._known_labels]
+
+    def _path(self, index: int) -> str:
+        return str(self._shards[int(self._index.entries[index]["shard"])].parent / self.name(index))
+
+    def _read(self, index: int) -> bytes:
+        """Return the bytes of an image."""
+        check_index(index, len(self), "the shards")
+        entry = self._index.entries[index]
+        try:
+            with self._shards[int(entry["shard"])].open("rb", buffering=0) as file:
+                content = os.pread(file.fileno(), int(entry["size"]), int(entry["offset"]))
+        except OSError as error:
+            raise UnreadableImageError(
+                f"cannot read {self._path(index)}: {error}", path=self._path(index), reason=str(error)
+            ) from error
+        return content
+
+
+def _find_shards(pattern: str) -> list[Path]:
+    """Return the shards that a pattern names, in the order of their names."""
+    expanded = os.fspath(Path(pattern).expanduser())
+    if expanded.endswith(_COMPRESSED):
+        raise DatasetError(f"{pattern} is compressed: its images cannot be read in any order. Unpack it to a plain tar")
+    candidates = list(_expand_braces(expanded))
+    found = [path for name in candidates for path in ([name] if Path(name).is_file() else _matches(name))]
+    missing = [name for name in candidates if not glob.has_magic(name) and not Path(name).is_file()]
+    if missing or not found:
+        raise DatasetError(
+            f"no such shard: {', '.join(missing[:3]) or pattern} ({len(found)} others were found). Give the path of a "
+            "tar file, a pattern such as shards/*.tar, or numbers such as shards/train-{000000..000146}.tar"
+        )
+    return [Path(path) for path in found]
+
+
+def _matches(pattern: str) -> list[str]:
+    return sorted(glob.glob(pattern))  # noqa: PTH207 (a Path refuses patterns from the root)
+
+
+def _expand_braces(text: str) -> Iterator[str]:
+    """Yield the text with each {first..last} replaced by every number, as wide as the first."""
+    match = _BRACES.search(text)
+    if match is None:
+        yield text
+        return
+    for number in range(int(match[1]), int(match[2]) + 1):
+        yield from _expand_braces(f"{text[: match.start()]}{number:0{len(match[1])}d}{text[match.end() :]}")
+
+
+# ----------------------------------------------------------------------------------------------------------- the index
+
+
+def _load_or_build(shards: Sequence[Path]) -> _Index:
+    """Return the index of these shards, from the disk where it is there."""
+    facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in shards]
+    name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dinov2_equi" / "index"
+    places = [shards[0].parent / INDEX_FOLDER / name, cache / name]
+    for place in places:
+        if place.is_dir():
+            try:
+                return _load(place)
+            except (OSError, ValueError) as error:
+                logger.warning("the index %s cannot be read (%s) and is written anew", place, error)
+                shutil.rmtree(place, ignore_errors=True)
+    index = _scan(shards)
+    for place in places:
+        try:
+            _save(index, place)
+            return _load(place)
+        except OSError as error:
+            logger.debug("the index cannot be written to %s: %s", place, error)
+    logger.warning("no folder for the index can be written to (%s, %s); it is made at each start", *places)
+    return index
+
+
+def _load(place: Path) -> _Index:
+    entries, text, ends, labels = (
+        np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        for name in ("entries", "text", "ends", "labels")
+    )
+    if entries.dtype != ENTRY or not len(entries) == len(ends) == len(labels):
+        raise ValueError("its arrays do not fit each other")
+    return _Index(entries, PackedStrings(text, ends), labels)
+
+
+def _save(index: _Index, place: Path) -> None:
+    """Write the index under a temporary name and rename it: it is there whole or not at all."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    pending = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    shutil.rmtree(pending, ignore_errors=True)
+    pending.mkdir()
+    try:
+        arrays = {"entries": index.entries, "text": index.names.text, "ends": index.names.ends, "labels": index.labels}
+        for name, values in arrays.items():
+            with (pending / f"{name}.npy").open("wb") as file:
+                np.save(file, values, allow_pickle=False)
+                file.flush()
+                os.fsync(file.fileno())
+        if not place.is_dir():  # another process may have been faster
+            pending.rename(place)
+    finally:
+        shutil.rmtree(pending, ignore_errors=True)
+
+
+def _scan(shards: Sequence[Path]) -> _Index:
+    """Return the index of the shards, from the headers in them."""
+    offsets, sizes, numbers, labels = array("Q"), array("L"), array("L"), array("l")
+    names: list[str] = []
+    shown = track(shards, f"Indexing {len(shards)} shards", console=get_console(), transient=True)
+    for number, shard in enumerate(shown):
+        for image, label in _images_of(shard):
+            offsets.append(image.offset_data)
+            sizes.append(image.size)
+            numbers.append(number)
+            labels.append(label)
+            names.append(image.name)
+    entries = np.empty(len(offsets), ENTRY)
+    entries["offset"], entries["size"], entries["shard"] = offsets, sizes, numbers
+    return _Index(entries, PackedStrings.of(names), np.array(labels, np.int32))
+
+
+def _images_of(shard: Path) -> Iterator[tuple[tarfile.TarInfo, int]]:
+    """Yield each image of a shard with its class.
+
+    Raises:
+        DatasetError: The shard is damaged, or a `.cls` file holds no number.
+    """
+    key, image, label = "", None, _NO_CLASS
+    shard_size = shard.stat().st_size
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                _check_whole(member, shard, shard_size)
+                folder, _, name = member.name.rpartition("/")
+                stem, _, suffix = name.partition(".")
+                if f"{folder}/{stem}" != key:
+                    if image is not None:
+                        yield image, label
+                    key, image, label = f"{folder}/{stem}", None, _NO_CLASS
+                if suffix == "cls":
+                    label = _label(tar, member, shard)
+                elif image is None and name.lower().endswith(IMAGE_SUFFIXES):
+                    image = member
+    except tarfile.TarError as error:
+        raise DatasetError(f"the shard {shard} is no whole uncompressed tar file: {error}. Copy it again") from error
+    if image is not None:
+        yield image, label
+
+
+def _check_whole(member: tarfile.TarInfo, shard: Path, shard_size: int) -> None:
+    if member.offset_data + member.size > shard_size:
+        raise DatasetError(f"the shard {shard} is cut off within {member.name}. Copy it again")
+    if member.size >= 2**32:
+        raise DatasetError(f"{member.name} in the shard {shard} has {member.size} bytes; an image may have 4 GiB")
+
+
+def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> int:
+    file = tar.extractfile(member)
+    text = b"" if file is None else file.read(64)
+    try:
+        label = int(text)
+    except ValueError:
+        raise DatasetError(f"{member.name} in the shard {shard} should hold a whole number; got {text!r}") from None
+    if label < 0:
+        raise DatasetError(f"{member.name} in the shard {shard} should hold a class number >= 0; got {label}")
+    return label

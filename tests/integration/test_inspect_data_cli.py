@@ -1,0 +1,68 @@
+"""The command that says what is in a data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dinov2_equi.data.augmentations import Crops
+from dinov2_equi.data.contact_sheet import contact_sheet
+from dinov2_equi.run import inspect_data
+from dinov2_equi.run.inspect_data import main
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspect_data, "SPEED_IMAGES", 2)
+
+
+def test_counts_sizes_bad_files_and_a_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(6):
+        path = tmp_path / "photos" / ("cat" if number % 3 else "dog") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 50 + number, 3), np.uint8)
+        Image.fromarray(pixels).convert("L" if number == 5 else "RGB").save(path)
+    (tmp_path / "photos" / "dog" / "0.png").write_bytes(b"")
+    assert main([str(tmp_path / "photos"), "--sheet", str(tmp_path / "out" / "sheet.png"), "--rows", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == [
+        "6 images",
+        "2 classes of 2 to 4 images, median 3",
+        "6 of them read: 1 bad, 1 grey",
+        "width 51 to 55, height 40 to 40, median shorter side 40 pixels",
+    ]
+    assert lines[4].startswith("bad: ") and "0.png: UnidentifiedImageError" in lines[4]
+    assert "images/s for each loader process" in lines[5]
+    assert Image.open(tmp_path / "out" / "sheet.png").size == (11 * 164, 2 * 164)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing/here"], "no such folder"),
+        (["synthetik"], "did you mean 'synthetic'"),
+        (["synthetic", "--sheet", "x.pdf"], "must end in .png"),
+        (["synthetic", "--rows", "0"], "--rows >= 1"),
+    ],
+)
+def test_a_fault_is_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
+
+
+def test_sheet_keeps_shapes_and_places() -> None:
+    source = torch.full((3, 20, 40), 255, dtype=torch.uint8)
+    source[1:] = 0
+    crops = Crops(torch.zeros(2, 3, 8, 8), torch.full((1, 3, 4, 4), 0.5))
+    sheet = contact_sheet([source, source], [crops, crops], tile=40)
+    assert sheet.shape == (88, 176, 3) and sheet.dtype == torch.uint8
+    assert sheet[22, 22].tolist() == [255, 0, 0]  # the image, red, half as high as its tile
+    assert sheet[5, 22].tolist() == [255, 255, 255]
+    assert sheet[66, 66].tolist() == [0, 0, 0] and sheet[66, 154].tolist() == [128, 128, 128]

@@ -145,7 +145,8 @@ class HomographyPairs(Dataset[Pair]):
         number = self._first + index
         epoch, place = divmod(number, len(self.images))
         order = _order(int(self._stream), self._seed, epoch, len(self.images))
-        image = self.images.load_tensor(int(order[place]), min(self.settings.image_size))
+        # The longer side, or an upright JPEG would be decoded smaller than it is needed.
+        image = self.images.load_tensor(int(order[place]), max(self.settings.image_size))
         resized = tvf.resize(image, list(self.settings.image_size), InterpolationMode.BICUBIC, antialias=True)
         rng = random_generator(self._stream, self._seed, number)
         return make_pair(resized.float() / 255, self.settings, rng)

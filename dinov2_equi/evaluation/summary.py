@@ -140,7 +140,8 @@ def bar_figure(cells: Cells) -> Figure:
         axes.bar(places, heights, width=0.88 * width, color=SERIES_COLORS[index % len(SERIES_COLORS)], label=name)
     axes.axhline(0, color=INK, linewidth=1, alpha=0.6)
     axes.set_xticks(range(len(titles)), titles, rotation=20, ha="right")
-    axes.set_ylim(-0.32 if any(h < 0 for row in cells.values() for h in _heights(row, titles)) else 0.0, 1.02)
+    drawn = [height for row in cells.values() for height in _heights(row, titles)]
+    axes.set_ylim(-0.32 if min(drawn) < 0 else 0.0, 1.02 * max(1.0, *drawn))  # an RMSE of depth may exceed 1
     axes.legend(frameon=False, labelcolor=INK, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 

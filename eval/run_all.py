@@ -1,4 +1,4 @@
-"""Measure several backbones with several harnesses, and put what they reached into one table and one figure.
+"""Measure several backbones with several harnesses, and put what they reached into one table and two figures.
 
     python eval/run_all.py eval/compare.yaml
 

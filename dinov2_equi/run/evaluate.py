@@ -6,8 +6,7 @@
 Each teacher in RUN/eval/training_N is measured once, with what `evaluation.tasks` of the run's configuration names. The
 numbers go to RUN/evaluation_metrics.json as those of the training itself would, and the best teacher to RUN/best where
 `evaluation.best_metric` is set. Start the training with `evaluation.in_process=false`: it then exports and does not
-measure.
-After a stop the same command goes on with the teachers that are left.
+measure. After a stop the same command goes on with the teachers that are left.
 """
 
 from __future__ import annotations
@@ -49,7 +48,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--follow", action="store_true", help="wait for further teachers until the last one is measured"
     )
     parser.add_argument(
-        "--poll-seconds", type=float, default=30.0, help="between two looks with --follow (default: 30)"
+        "--poll-seconds",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="between two looks with --follow (default: 30)",
     )
     return parser.parse_intermixed_args(argv)
 

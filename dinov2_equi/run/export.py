@@ -4,8 +4,8 @@
     python dinov2_equi/run/export.py --weights teacher_checkpoint.pth --formats transformers onnx --output out
 
 Writes one file (or folder) a format and a model card, README.md. After writing, each is read back and given the same
-random images; the largest difference of the tokens is printed. Exit code 1: one differs by more than 1e-4, or could not
-be written.
+random images; the largest difference of the tokens is printed. One that differs by more than 1e-4, or could not be
+written, makes the exit code 1.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dinov2_equi.evaluation.results import write_text_atomically
 from dinov2_equi.hub.exporters import ANY_SIZE, EXPORTERS, RESAMPLED_OTHERWISE, TOLERANCE, Source, difference
 from dinov2_equi.models.vision_transformer import DinoVisionTransformer
 from dinov2_equi.run.command import EXIT_DONE, EXIT_FAILED, command_parser, run_command
-from dinov2_equi.run.load import FORMS, load_eval_model
+from dinov2_equi.run.load import OWN_FORMS, load_eval_model
 from dinov2_equi.run.model_card import model_card
 
 DEFAULT_FORMATS = ("safetensors", "pth")
@@ -33,7 +33,7 @@ DEFAULT_FORMATS = ("safetensors", "pth")
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
     parser = command_parser(__doc__)
-    parser.add_argument("--weights", required=True, metavar="WEIGHTS", help=f"one of: {FORMS}")
+    parser.add_argument("--weights", required=True, metavar="WEIGHTS", help=f"one of: {OWN_FORMS}")
     parser.add_argument(
         "--formats",
         nargs="+",

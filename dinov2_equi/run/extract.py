@@ -32,7 +32,7 @@ from dinov2_equi.evaluation.eval_model import HALF_FEATURES, PLAIN_FEATURES, Eva
 from dinov2_equi.evaluation.labelled import image_batches
 from dinov2_equi.logging.progress import training_progress
 from dinov2_equi.run.command import EXIT_DONE, add_device, command_parser, run_command
-from dinov2_equi.run.load import FORMS, load_eval_model
+from dinov2_equi.run.load import FORMS_OF_ONE, load_eval_model
 
 SUFFIXES = (".parquet", ".npy", ".pt")
 
@@ -40,14 +40,23 @@ SUFFIXES = (".parquet", ".npy", ".pt")
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
     parser = command_parser(__doc__)
-    parser.add_argument("data", metavar="FOLDER", help="images, or a data set of the training configuration")
-    parser.add_argument("--weights", required=True, metavar="WEIGHTS", help=f"one of: {FORMS}")
+    parser.add_argument(
+        "data", metavar="FOLDER", help="images at any depth, or a data set such as ImageNet:split=VAL:root=DIR"
+    )
+    parser.add_argument("--weights", required=True, metavar="WEIGHTS", help=f"one of: {FORMS_OF_ONE}")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=f"ends in {', '.join(SUFFIXES)}")
     names = PLAIN_FEATURES + HALF_FEATURES
-    parser.add_argument("--features", choices=names, default="cls", help="default: cls; the halves of runs alone")
+    parser.add_argument(
+        "--features",
+        choices=names,
+        default="cls",
+        help="class token (default), mean patch token, or both one after the other; the parts of a run with a split",
+    )
     parser.add_argument("--size", type=int, help="image side, pixels (default: the one the backbone was trained at)")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--num-workers", type=int, default=0, help="processes that decode images")
+    parser.add_argument("--batch-size", type=int, default=64, help="images in one forward pass (default: 64)")
+    parser.add_argument(
+        "--num-workers", type=int, default=0, help="processes that decode images (default: 0, in this one)"
+    )
     add_device(parser)
     return parser.parse_args(argv)
 

@@ -28,10 +28,24 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
 RANDOM, PIXELS = "random", "pixels"
 FORMS = (
-    "a run folder, a weight file, random (the weights a run starts from), random:vit_small/14, hub:dinov2_vits14, "
-    "timm:NAME, transformers:NAME_OR_FOLDER, pixels (16 x 16 of them, no network)"
+    "a run folder, a weight file, random (the weights that the run beside it started from), random:vit_small/14, "
+    "hub:dinov2_vits14, timm:NAME, transformers:NAME_OR_FOLDER, pixels (16 x 16 of them, no network)"
 )
-"""What `load_eval_model` understands, in words."""
+"""What `load_eval_models` understands, in words."""
+
+OWN_FORMS = (
+    "a run folder, a weight file, random:RUN (the weights that it started from), random:vit_small/14, hub:dinov2_vits14"
+)
+"""What a tool for one backbone of DINOv2's architecture understands."""
+
+FORMS_OF_ONE = f"{OWN_FORMS}, timm:NAME, transformers:NAME_OR_FOLDER, pixels (16 x 16 of them, no network)"
+"""What `load_eval_model` understands."""
+
+DATA_FORMS = (
+    "a folder with one sub-folder a class, or a data set such as ImageNet:split=VAL:root=DIR, "
+    "iNaturalist2018:split=VAL:root=DIR or torchvision:name=CIFAR10:root=DIR:split=val"
+)
+"""Labelled images, in words; see `make_dataset`."""
 
 
 def load_eval_models(specs: Sequence[str], *, size: int | None = None, seed: int = 0) -> list[EvalModel]:
@@ -96,8 +110,8 @@ def load_eval_model(spec: str, *, size: int | None = None, seed: int = 0) -> Eva
     if kind in loaders:
         return loaders[kind]()
     if path.is_dir():
-        raise ValueError(f"{spec} is a folder without {CONFIG_FILE}, so no run; give one of: {FORMS}")
-    raise ValueError(f"there is no file {spec!r}, and it names nothing else; give one of: {FORMS}")
+        raise ValueError(f"{spec} is a folder without {CONFIG_FILE}, so no run; give one of: {FORMS_OF_ONE}")
+    raise ValueError(f"there is no file {spec!r}, and it names nothing else; give one of: {FORMS_OF_ONE}")
 
 
 def is_run(spec: str | Path) -> bool:

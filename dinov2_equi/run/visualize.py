@@ -32,7 +32,7 @@ from dinov2_equi.evaluation.results import write_text_atomically
 from dinov2_equi.evaluation.visualization import ImageView, attention_picture, pca_picture, render_page
 from dinov2_equi.models.vision_transformer import DinoVisionTransformer
 from dinov2_equi.run.command import EXIT_DONE, add_device, command_parser, run_command
-from dinov2_equi.run.load import CONFIG_FILE, FORMS, is_run, load_eval_model
+from dinov2_equi.run.load import CONFIG_FILE, FORMS_OF_ONE, is_run, load_eval_model
 from dinov2_equi.run.pictures import PCA_PATCHES, draw_reconstructions
 from dinov2_equi.train.loop import CHECKPOINTS, load_finished
 from dinov2_equi.train.preview import make_preview
@@ -43,9 +43,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
     parser = command_parser(__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
-    parser.add_argument("--weights", required=True, metavar="WEIGHTS", help=f"one of: {FORMS}")
+    parser.add_argument("--weights", required=True, metavar="WEIGHTS", help=f"one of: {FORMS_OF_ONE}")
     parser.add_argument("--size", type=int, help=f"image side, pixels (default: {PCA_PATCHES} patches)")
-    parser.add_argument("--output", type=Path, default=Path("looks"), metavar="DIR", help="default: looks")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("looks"),
+        metavar="DIR",
+        help="folder of the pictures and the page (default: looks)",
+    )
     add_device(parser)
     return parser.parse_args(argv)
 

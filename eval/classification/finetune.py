@@ -39,7 +39,7 @@ from dinov2_equi.evaluation.stored_features import dataset_digest, weights_diges
 from dinov2_equi.fsdp.checkpoint import CheckpointStore
 from dinov2_equi.logging.progress import training_progress
 from dinov2_equi.run.command import EXIT_DONE, add_device, command_parser, run_command
-from dinov2_equi.run.load import FORMS, load_eval_model
+from dinov2_equi.run.load import DATA_FORMS, OWN_FORMS, load_eval_model
 
 RESULTS_FILE, CLASSIFIER_FILE, CHECKPOINTS = "results.json", "classifier.pth", "checkpoints"
 
@@ -48,18 +48,26 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
     parser = command_parser(__doc__)
     add = parser.add_argument
-    add("--weights", required=True, metavar="WEIGHTS", help=f"one of: {FORMS}")
+    add("--weights", required=True, metavar="WEIGHTS", help=f"one of: {OWN_FORMS}")
     add("--data", metavar="FOLDER", help="with train/ and val/, each with one sub-folder a class")
-    add("--train", metavar="DATA", help="labelled images to train on, instead of --data")
-    add("--val", metavar="DATA", help="labelled images that are classified")
+    add("--train", metavar="DATA", help=f"instead of --data, images to train on: {DATA_FORMS}")
+    add("--val", metavar="DATA", help="images that are classified after each pass, likewise")
     add("--size", type=int, help="image side, pixels (default: the one the backbone was trained at)")
     own = FinetuneSettings()
-    add("--epochs", type=int, default=own.epochs, help=f"default: {own.epochs}")
-    names = ", ".join(f.name for f in dataclasses.fields(own) if f.name != "epochs")
-    add("--set", nargs="*", default=[], metavar="NAME=VALUE", help=f"other settings of the recipe: {names}")
+    add("--epochs", type=int, default=own.epochs, help=f"passes over the training images (default: {own.epochs})")
+    names = ", ".join(f"{f.name}={f.default}" for f in dataclasses.fields(own) if f.name != "epochs")
+    add(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="NAME=VALUE",
+        help=f"other settings of the recipe; the defaults are {names}",
+    )
     add("--num-workers", type=int, default=0, help="processes that make crops")
     add_device(parser)
-    add("--output", type=Path, default=Path("finetune"), metavar="DIR", help="default: finetune")
+    add(
+        "--output", type=Path, default=Path("finetune"), metavar="DIR", help="folder of the results (default: finetune)"
+    )
     return parser.parse_args(argv)
 
 

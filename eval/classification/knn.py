@@ -27,29 +27,39 @@ from dinov2_equi.evaluation.knn import DEFAULT_KS, TEMPERATURE, weighted_knn
 from dinov2_equi.evaluation.labelled import image_batches, matching_labels
 from dinov2_equi.evaluation.results import write_results
 from dinov2_equi.run.command import EXIT_DONE, add_device, command_parser, run_command
-from dinov2_equi.run.load import CONFIG_FILE, FORMS, RANDOM, is_run, load_eval_model
+from dinov2_equi.run.load import CONFIG_FILE, DATA_FORMS, RANDOM, is_run, load_eval_model
 
 DEFAULT_ARCH = "vit_small"
+NETWORKS = (
+    "random: an untrained network, see --arch; pixels: 16 x 16 of them and no network; or a weight file, "
+    "hub:dinov2_vits14, timm:NAME, transformers:NAME_OR_FOLDER"
+)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
     parser = command_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--weights", metavar="WEIGHTS", help=f"random (see --arch), or one of: {FORMS}")
+    source.add_argument("--weights", metavar="WEIGHTS", help=NETWORKS)
     source.add_argument("--run", type=Path, metavar="DIR", help="a training run: its teacher and config.yaml")
     parser.add_argument("--arch", help=f"architecture, for random (default: {DEFAULT_ARCH})")
     parser.add_argument("--patch-size", type=int, default=16, help="patch side in pixels, for random (default: 16)")
-    parser.add_argument("--train", required=True, metavar="DATA", help="labelled images that vote")
-    parser.add_argument("--val", required=True, metavar="DATA", help="labelled images that are classified")
+    parser.add_argument("--train", required=True, metavar="DATA", help=f"images that vote: {DATA_FORMS}")
+    parser.add_argument("--val", required=True, metavar="DATA", help="images that are classified, likewise")
     parser.add_argument("--size", type=int, default=224, help="image side in pixels (default: 224)")
-    parser.add_argument("--k", type=int, nargs="+", default=list(DEFAULT_KS), help="numbers of neighbours")
-    parser.add_argument("--temperature", type=float, default=TEMPERATURE, help=f"of the votes ({TEMPERATURE})")
-    parser.add_argument("--features", choices=PLAIN_FEATURES, default="cls", help="default: cls")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--num-workers", type=int, default=0, help="processes that decode images")
+    parser.add_argument(
+        "--k", type=int, nargs="+", default=list(DEFAULT_KS), help="numbers of neighbours (default: 10 20 100 200)"
+    )
+    parser.add_argument("--temperature", type=float, default=TEMPERATURE, help=f"of the votes (default: {TEMPERATURE})")
+    parser.add_argument(
+        "--features", choices=PLAIN_FEATURES, default="cls", help="class token (default), mean patch token or both"
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help="images in one forward pass (default: 64)")
+    parser.add_argument(
+        "--num-workers", type=int, default=0, help="processes that decode images (default: 0, in this one)"
+    )
     add_device(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of random weights")
+    parser.add_argument("--seed", type=int, default=0, help="of random weights (default: 0)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: knn.json in the run, or here without one")
     args = parser.parse_args(argv)
     if args.output is None:

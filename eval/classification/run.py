@@ -1,4 +1,4 @@
-"""What frozen features know of the class of an image: k-NN, linear, logistic regression, few-shot, retrieval.
+r"""What frozen features know of the class of an image: k-NN, linear, logistic regression, few-shot, retrieval.
 
     python eval/classification/run.py --weights runs/mine hub:dinov2_vits14 --data FOLDER
     python eval/classification/run.py --weights runs/mine random --data FOLDER --tasks knn linear --features patch_mean
@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ from dinov2_equi.evaluation.stored_features import stored_features
 from dinov2_equi.logging.console import get_console
 from dinov2_equi.logging.progress import training_progress
 from dinov2_equi.run.command import EXIT_DONE, add_device, command_parser, run_command
-from dinov2_equi.run.load import FORMS, load_eval_models
+from dinov2_equi.run.load import DATA_FORMS, FORMS, load_eval_models
 
 DEFAULT_CACHE = Path("~/.cache/dinov2_equi/features")
 RESULTS_FILE = "results.json"
@@ -63,6 +64,11 @@ class Labels(NamedTuple):
     """[n] int64, the validation images that have labels; None: all."""
 
 
+def words(numbers: Sequence[int]) -> str:
+    """Return numbers as a command line has them."""
+    return " ".join(map(str, numbers))
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
     parser = command_parser(__doc__)
@@ -72,29 +78,46 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tasks", nargs="+", choices=tuple(TASKS), metavar="TASK", help=f"of {names} (default: all that are possible)")
     data = parser.add_argument_group("images").add_argument
     data("--data", metavar="FOLDER", help="with train/ and val/, each with one sub-folder a class")
-    data("--train", metavar="DATA", help="labelled images to learn from, instead of --data")
-    data("--val", metavar="DATA", help="labelled images that are classified")
+    data("--train", metavar="DATA", help=f"instead of --data, images to learn from: {DATA_FORMS}")
+    data("--val", metavar="DATA", help="images that are classified, likewise")
     real = "real.json: accepted classes of ImageNet's validation images, for knn, linear and log_regression"
     data("--real-labels", type=Path, metavar="FILE", help=real)
     data("--size", type=int, help="image side, pixels (default: the one each backbone was trained at)")
-    data("--num-workers", type=int, default=0, help="processes that decode images")
+    data("--num-workers", type=int, default=0, help="processes that decode images (default: 0, in this one)")
     data("--cache", type=Path, default=DEFAULT_CACHE, metavar="DIR", help=f"of features (default: {DEFAULT_CACHE})")
     own = TaskSettings()
     task = parser.add_argument_group("tasks").add_argument
-    task("--features", choices=PLAIN_FEATURES, default=own.features, help="of all tasks but linear (default: cls)")
-    task("--k", type=int, nargs="+", default=list(own.ks), help="neighbours of k-NN")
+    task(
+        "--features",
+        choices=PLAIN_FEATURES,
+        default=own.features,
+        help="class token, mean patch token or both; of all tasks but linear (default: cls)",
+    )
+    task("--k", type=int, nargs="+", default=list(own.ks), help=f"neighbours of k-NN (default: {words(own.ks)})")
     passes = f"passes of the linear classifiers (default: {LEAST_EPOCHS}, or what {LEAST_STEPS} steps need)"
     task("--epochs", type=int, help=passes)
     as_dinov2 = "train the linear classifiers on the features as they are, as DINOv2 does, not standardised"
     task("--no-standardize", action="store_true", help=as_dinov2)
-    task("--shots", type=int, nargs="+", default=list(own.shots), help="images a class in the few-shot task")
-    task("--draws", type=int, default=own.num_draws, help=f"of these images (default: {own.num_draws})")
+    task(
+        "--shots",
+        type=int,
+        nargs="+",
+        default=list(own.shots),
+        help=f"images a class in the few-shot task (default: {words(own.shots)})",
+    )
+    task("--draws", type=int, default=own.num_draws, help=f"how often they are drawn anew (default: {own.num_draws})")
     only = "answer with classes of the validation images alone, as for ImageNet-A and -R"
     task("--only-val-classes", action="store_true", help=only)
-    task("--seed", type=int, default=0)
+    task("--seed", type=int, default=0, help="of orders, draws and first weights of classifiers (default: 0)")
     add("--batch-size", type=int, default=64, help="images in one forward pass (default: 64)")
     add_device(parser)
-    add("--output", type=Path, default=Path("classification"), metavar="DIR", help="default: classification")
+    add(
+        "--output",
+        type=Path,
+        default=Path("classification"),
+        metavar="DIR",
+        help="folder of the results (default: classification)",
+    )
     args = parser.parse_args(argv)
     if args.tasks is None:
         args.tasks = list(TASKS if args.real_labels is None else ACCEPT_SEVERAL)

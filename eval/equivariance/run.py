@@ -101,7 +101,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     probe.add_argument("--hidden", type=int, default=1024, help="units of its two hidden layers (default: 1024)")
     probe.add_argument("--fill", choices=FILLS, help="what lies outside an image (default: as each run was trained)")
     probe.add_argument("--k", type=int, nargs="+", default=[10, 20], help="neighbours of the k-NN (default: 10 20)")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=64, help="images in one forward pass (default: 64)")
     add_device(parser)
     parser.add_argument(
         "--output",

@@ -6,6 +6,8 @@ float32; the tests compare both.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 import numpy.typing as npt
@@ -52,31 +54,33 @@ def _pixels(values: npt.ArrayLike) -> Pixels:
     return np.asarray(values, dtype=np.float32)
 
 
+def _affine(*rows: tuple[float, float, float, float]) -> Affine:
+    return np.array((*rows, (0.0, 0.0, 0.0, 1.0)))
+
+
 def brightness(factor: float) -> Affine:
     """Return the change that multiplies all channels."""
-    return np.diag([factor, factor, factor, 1.0])
+    return _affine((factor, 0.0, 0.0, 0.0), (0.0, factor, 0.0, 0.0), (0.0, 0.0, factor, 0.0))
 
 
 def contrast(factor: float, mean_luma: float) -> Affine:
     """Return the change that moves colours away from the image's mean luma, 0 to 255."""
-    change = brightness(factor)
-    change[:3, 3] = (1 - factor) * mean_luma
-    return change
+    offset = (1 - factor) * mean_luma
+    return _affine((factor, 0.0, 0.0, offset), (0.0, factor, 0.0, offset), (0.0, 0.0, factor, offset))
 
 
 def saturation(factor: float) -> Affine:
     """Return the change that moves colours away from their own luma; 0: grey."""
-    change = brightness(factor)
-    change[:3, :3] += (1 - factor) * np.array(GRAY_WEIGHTS)
-    return change
+    red, green, blue = ((1 - factor) * weight for weight in GRAY_WEIGHTS)
+    return _affine((red + factor, green, blue, 0.0), (red, green + factor, blue, 0.0), (red, green, blue + factor, 0.0))
 
 
 def mean_luma(pixels: Pixels, pending: Affine | None) -> float:
     """Return the mean luma that pixels have after a change that is still to be made."""
-    means = np.array([*cv2.mean(pixels)[:3], 1.0])
+    means: Sequence[float] = cv2.mean(pixels)[:3]
     if pending is not None:
-        means = pending @ means
-    return float(means[:3] @ GRAY_WEIGHTS)
+        means = (pending @ (*means, 1.0))[:3].tolist()
+    return sum(weight * mean for weight, mean in zip(GRAY_WEIGHTS, means, strict=True))
 
 
 def change_colors(pixels: Pixels, change: Affine | None) -> Pixels:

@@ -296,13 +296,6 @@ def _after(pending: Affine | None, change: Affine) -> Affine:
     return change if pending is None else change @ pending
 
 
-def apply_color_jitter(crop: Tensor, jitter: ColorJitter) -> Tensor:
-    """Return a crop, float32 [3, H, W] in [0, 1], with its brightness, contrast, saturation and hue changed."""
-    pixels = np.ascontiguousarray(crop.permute(1, 2, 0).numpy()) * np.float32(crop_pixels.FULL)
-    changed = torch.from_numpy(crop_pixels.change_colors(*_jitter(pixels, jitter)))
-    return changed.permute(2, 0, 1).contiguous().div_(crop_pixels.FULL)  # [H, W, 3] -> [3, H, W]
-
-
 def draw_box(
     source_size: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:

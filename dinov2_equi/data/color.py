@@ -1,4 +1,4 @@
-"""Colour operations of the augmentation and of the photometric families.
+"""Colour operations of whole batches and of the photometric families; `crop_pixels` has those of one crop.
 
 All give torchvision's values up to rounding; the tests compare them. Hue and blur, the costly ones, are two to four
 times as fast as torchvision's on small crops. Names that end in an underscore change their argument.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 SET_ASIDE = "set_aside"
 RUN_ENTRIES = (
+    "bad_images.jsonl",
     "best",
     "checkpoints",
     "config.yaml",

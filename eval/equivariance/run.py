@@ -24,7 +24,7 @@ if __package__ in (None, ""):  # started as a file: a clean clone needs the repo
 
 
 from dinov2_equi.data.datasets.base import DatasetError, ImageDataset
-from dinov2_equi.data.datasets.holdout import split_holdout
+from dinov2_equi.data.datasets.holdout import hold_back
 from dinov2_equi.data.datasets.make import VAL_FOLDERS, make_dataset
 from dinov2_equi.data.datasets.sample_photos import SamplePhotos
 from dinov2_equi.equi.families.base import FamilySettings
@@ -145,7 +145,7 @@ def choose_data(args: argparse.Namespace) -> tuple[ImageDataset, ImageDataset]:
             "regions of one photograph would be in both halves; give --train sample_photos "
             "--test sample_photos:split=VAL"
         )
-    return split_holdout(dataset, 0.5, args.split_seed)
+    return hold_back(dataset, 0.5, args.split_seed)
 
 
 def load_images(args: argparse.Namespace, models: list[EvalModel]) -> dict[int, ProbeImages]:

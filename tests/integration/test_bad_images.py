@@ -71,3 +71,11 @@ def test_a_folder_of_bad_images_alone_is_refused_with_a_whole_message(
     assert lean_run(tmp_path / "run", *settings) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("error: none of 64 images in a row can be used") and "a.jpg" in message
+
+
+def test_a_new_run_in_the_folder_lists_its_bad_images_again(tmp_path: Path, photos: Path, lean_run: Run) -> None:
+    settings = (f"train.dataset_path={photos}", "data.holdout_fraction=0", "train.OFFICIAL_EPOCH_LENGTH=4")
+    assert lean_run(tmp_path / "run", *settings) == 0
+    first = listed(tmp_path / "run")
+    assert first and lean_run(tmp_path / "run", *settings, "--no-resume") == 0
+    assert listed(tmp_path / "run" / "set_aside" / "1") == first == listed(tmp_path / "run")

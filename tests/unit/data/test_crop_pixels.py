@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torchvision.transforms.v2 import functional as tvf
 
 from dinov2_equi.data import crop_pixels
-from dinov2_equi.data.augmentations import ColorJitter, CropParams, apply_color_jitter, make_crop
+from dinov2_equi.data.augmentations import ColorJitter, CropParams, make_crop
 from dinov2_equi.data.color import adjust_hue, gaussian_blur
 from dinov2_equi.data.crop_pixels import Pixels
 from dinov2_equi.data.datasets.base import image_to_tensor
@@ -141,7 +141,8 @@ def test_operations_that_are_multiplied_together_give_pillows_one_after_the_othe
         expected = image
         for number in order:
             expected = steps[number](expected)
-        crop = apply_color_jitter(image_to_tensor(image).float() / 255, ColorJitter(*strengths, order))
+        params = CropParams((0, 0, 240, 320), False, ColorJitter(*strengths, order), False, None, False)
+        crop = make_crop(image_to_tensor(image), params, (240, 320))
         assert (
             mean_error(crop.permute(1, 2, 0).numpy() * 255, expected) < 2 * MAX_MEAN_ERROR
         )  # four operations, each rounded by Pillow

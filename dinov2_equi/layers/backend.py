@@ -48,6 +48,10 @@ class AttentionBackend:
     """Maps query, key, value [R, heads, head_dim] and their layout to [R, heads, head_dim]."""
 
 
+_chosen: dict[tuple[str, int | None, str], AttentionBackend] = {}
+"""No `functools.cache`: torch.compile looks through one, and would choose anew inside of each graph."""
+
+
 def attention_backend(device: torch.device) -> AttentionBackend:
     """Return the attention backend of a device, chosen on the first call and cached.
 
@@ -55,7 +59,10 @@ def attention_backend(device: torch.device) -> AttentionBackend:
         ValueError: if `DINOV2_EQUI_ATTENTION` is not a known name.
         RuntimeError: if it names a backend that does not work on this device.
     """
-    return _cached_backend(device.type, device.index, os.environ.get(BACKEND_VARIABLE, ""))
+    key = (device.type, device.index, os.environ.get(BACKEND_VARIABLE, ""))
+    if key not in _chosen:
+        _chosen[key] = _choose_backend(*key)
+    return _chosen[key]
 
 
 def describe_backend(device: torch.device) -> str:
@@ -64,8 +71,7 @@ def describe_backend(device: torch.device) -> str:
     return f"attention on {device}: {backend.name} ({backend.reason})"
 
 
-@functools.cache
-def _cached_backend(device_type: str, index: int | None, forced: str) -> AttentionBackend:
+def _choose_backend(device_type: str, index: int | None, forced: str) -> AttentionBackend:
     device = torch.device(device_type, index) if index is not None else torch.device(device_type)
     if forced:
         return _forced_backend(forced, device)

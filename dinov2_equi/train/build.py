@@ -25,6 +25,7 @@ from dinov2_equi.equi.families.registry import FAMILIES, MIXTURE, NEED_COLOR
 from dinov2_equi.fsdp.checkpoint import read_checkpoint
 from dinov2_equi.models.weights import load_exact
 from dinov2_equi.train import schedules
+from dinov2_equi.train.acceleration import checkpoint_activations_, compile_blocks_
 from dinov2_equi.train.param_groups import build_param_groups
 from dinov2_equi.train.pretrained import load_pretrained
 from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
@@ -185,6 +186,10 @@ def _build_mask_generator(cfg: Config) -> MaskingGenerator:
 def build_state(cfg: Config, derived: Derived, device: torch.device) -> TrainState:
     """Return a fresh run: model with random weights on the device, AdamW with layer-wise decay."""
     model = SSLMetaArch(cfg).to(device)
+    if cfg.train.activation_checkpointing == "full":
+        checkpoint_activations_(model)
+    if cfg.train.compile:
+        compile_blocks_(model)
     groups = build_param_groups(
         dict(model.trainable_modules()),
         layerwise_decay=cfg.optim.layerwise_decay,

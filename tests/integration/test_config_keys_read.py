@@ -229,6 +229,7 @@ TEACHES_NOTHING: dict[str, str] = {
     "train.checkpoint_every_steps": "1",
     "train.checkpoint_keep": "1",
     "train.max_nonfinite_steps": "1",
+    "train.activation_checkpointing": "full",
     "logging.metrics_every_steps": "3",
     "logging.diagnostics_every_steps": "2",
     "logging.tensorboard": "true",
@@ -251,8 +252,8 @@ TEACHES_NOTHING: dict[str, str] = {
 }
 """Keys that decide what a run writes, and how fast."""
 
-PLACE = {"train.output_dir", "train.device", "train.num_threads"}
-"""Where a run is computed and lies; device and threads may move rounding."""
+PLACE = {"train.output_dir", "train.device", "train.num_threads", "train.compile"}
+"""Where and by what a run is computed and lies; all but the folder may move rounding."""
 
 COMPARED = (
     "train.OFFICIAL_EPOCH_LENGTH=2",

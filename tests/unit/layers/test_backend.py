@@ -19,9 +19,9 @@ LAYOUT: TokenLayout = ((2, 3), (1, 4))
 @pytest.fixture(autouse=True)
 def no_leftovers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(backend.BACKEND_VARIABLE, raising=False)
-    backend._cached_backend.cache_clear()
+    backend._chosen.clear()
     yield
-    backend._cached_backend.cache_clear()
+    backend._chosen.clear()
 
 
 def random_qkv(heads: int = 2, head_dim: int = 8) -> tuple[Tensor, Tensor, Tensor]:

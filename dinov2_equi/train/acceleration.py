@@ -1,0 +1,48 @@
+"""Ways to run the same network faster or in less memory."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from dinov2_equi.layers.block import Block
+from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
+
+logger = logging.getLogger(__name__)
+
+_PROBE_LAYOUT = ((2, 5),)  # two images of five tokens
+
+
+def checkpoint_activations_(model: SSLMetaArch) -> None:
+    """Let the student's backbone keep the input of each block alone for its backward pass."""
+    model.student["backbone"].checkpoint_blocks = True  # type: ignore[assignment]
+
+
+def compile_blocks_(model: SSLMetaArch) -> bool:
+    """Compile the blocks of student and teacher; return whether that works here. Names of parameters stay.
+
+    One block is tried first, forward and backward: a compiler that is missing or fails must not end a training.
+    """
+    student, teacher = (network["backbone"].block_list() for network in (model.student, model.teacher))  # type: ignore[operator]
+    problem = _problem_of_compiling(student[0], model.dino_loss.center.device)
+    if problem:
+        logger.warning("train.compile: blocks run uncompiled, as torch.compile fails here: %s", problem)
+        return False
+    for block in (*student, *teacher):
+        block.compile(dynamic=False)
+    logger.info("blocks are compiled at their first steps, which takes longer than the others")
+    return True
+
+
+def _problem_of_compiling(block: Block, device: torch.device) -> str:
+    """Return what goes wrong when a block is compiled and run, or an empty string; the block itself stays as it is."""
+    width = block.norm1.normalized_shape[0]
+    x = torch.zeros(sum(images * tokens for images, tokens in _PROBE_LAYOUT), width, device=device, requires_grad=True)
+    try:
+        compiled = torch.compile(block, dynamic=False)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # stochastic depth draws
+            torch.autograd.grad(compiled(x, _PROBE_LAYOUT).sum(), x)
+    except Exception as error:  # whatever a foreign compiler raises means "do without"
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    return ""

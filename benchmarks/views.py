@@ -7,8 +7,8 @@ Both sides make the same batch: for each of the B crops, `num_steps` images of t
 [0, 1], mirrored at the borders. Ours takes float32 crops and makes all images by one call on one thread. Pillow takes
 8-bit crops, one at a time, and coefficients computed beforehand; as it knows no mirrored borders, a crop is padded once
 for all its images, as far as they reach. `Pillow alone` leaves out padding and conversion. `torchvision` is what
-code in the field does, where torchvision has the transform: for each image pad the crop by the furthest reach of the
-family, `affine` with bicubic interpolation, cut out the centre, `to_tensor`.
+code in the field does: for each image pad the crop by the furthest reach of the family, `affine` or `perspective` with
+bicubic interpolation, cut out the centre, `to_tensor`.
 
 The two run in turn on one core; the ratios are medians over the repeats of their times, which are those of the thread:
 what another process takes from the core does not count. The last column says that they do the same thing: mean
@@ -23,7 +23,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -41,14 +41,18 @@ from torchvision.transforms.functional import to_tensor  # noqa: E402
 from torchvision.transforms.v2 import functional as tvf  # noqa: E402
 
 from dinov2_equi.equi import geometry  # noqa: E402
-from dinov2_equi.equi.families.base import GeometricFamily, TransformFamily  # noqa: E402
+from dinov2_equi.equi.families.base import (  # noqa: E402
+    PUBLISHED_CROP_SIZE,
+    FamilySettings,
+    GeometricFamily,
+    TransformFamily,
+)
 from dinov2_equi.equi.families.registry import FAMILIES, MIXTURE, build_family  # noqa: E402
 from dinov2_equi.equi.sampling import path_points  # noqa: E402
 from dinov2_equi.equi.views import make_views  # noqa: E402
 from dinov2_equi.evaluation.results import write_results  # noqa: E402
 from dinov2_equi.run.allocator import keep_freed_memory  # noqa: E402
 
-FULL_SHIFT_PX = 10  # of a crop of 224 pixels: the range of the families
 BLUR_KERNEL_PX, LEAST_SIGMA_PX = 13, 0.01
 
 PillowOp = Callable[[Image.Image], Image.Image]
@@ -64,8 +68,8 @@ class Timing:
     pillow_alone_ms: float
     ratio: float
     ratio_alone: float
-    torchvision_ms: float | None
-    ratio_torchvision: float | None
+    torchvision_ms: float
+    ratio_torchvision: float
     difference_levels: float
 
 
@@ -116,27 +120,54 @@ def _blur_op(sigma: float) -> PillowOp:
     return lambda image: image.filter(ImageFilter.GaussianBlur(sigma))
 
 
-def torchvision_op(name: str, point: Sequence[float], size: int) -> PillowOp | None:
-    """Return torchvision's transform of a Pillow image for one point of a family, or None where it has none."""
+def torchvision_op(name: str, values: Mapping[str, float], size: int) -> PillowOp:
+    """Return torchvision's transform of a Pillow image for one point of a family, by the names of its parameters."""
     if name == "color":
-        return partial(_change_colors, deltas=list(point))
+        return partial(_change_colors, deltas=list(values.values()))
     if name == "blur":
-        return lambda image: tvf.gaussian_blur(image, [BLUR_KERNEL_PX] * 2, [max(point[0], LEAST_SIGMA_PX)] * 2)
-    if name not in ("rotation", "translation", "se2"):
-        return None
-    angle = 0.0 if name == "translation" else point[0]
-    shift = [0.0, 0.0] if name == "rotation" else [round(value) for value in point[-2:]]
-    reach = math.ceil(FULL_SHIFT_PX * size / 224) if name != "rotation" else 0
-    if name != "translation":
-        reach += math.ceil(size * (math.sqrt(2) - 1) / 2)  # half of what the diagonal is longer than the side
+        sigma = max(values["sigma_px"], LEAST_SIGMA_PX)
+        return lambda image: tvf.gaussian_blur(image, [BLUR_KERNEL_PX] * 2, [sigma] * 2)
+    reach = _furthest_reach(values, size)
+    moved = partial(_perspective, reach=reach) if name == "perspective" else _affine
 
     def op(image: Image.Image) -> Image.Image:
         padded = tvf.pad(image, [reach] * 4, padding_mode="symmetric")
-        moved = tvf.affine(padded, -angle, shift, 1.0, [0.0], interpolation=InterpolationMode.BICUBIC)
-        cropped: Image.Image = tvf.center_crop(moved, [size, size])
+        cropped: Image.Image = tvf.center_crop(moved(padded, values), [size, size])
         return cropped
 
     return op
+
+
+def _furthest_reach(values: Mapping[str, float], size: int) -> int:
+    """Return how many pixels beyond a crop a family may look at, over the whole range of its parameters."""
+    settings = FamilySettings()
+    per_pixel = size / PUBLISHED_CROP_SIZE
+    reach = 0.0
+    if "rotation_deg" in values:
+        reach += size * (math.sqrt(2) - 1) / 2  # half of what the diagonal is longer than the side
+    if "log_zoom" in values:
+        reach = (size / 2 + reach) * settings.max_zoom - size / 2
+    if "translation_x_px" in values:
+        reach += settings.max_translation_px * per_pixel
+    if "top_left_x_px" in values:
+        reach += 2 * settings.max_corner_px * per_pixel
+    return math.ceil(reach)
+
+
+def _affine(image: Image.Image, values: Mapping[str, float]) -> Image.Image:
+    shift = [round(values.get(f"translation_{axis}_px", 0.0)) for axis in "xy"]
+    zoom, angle = math.exp(values.get("log_zoom", 0.0)), -values.get("rotation_deg", 0.0)
+    moved: Image.Image = tvf.affine(image, angle, shift, zoom, [0.0], interpolation=InterpolationMode.BICUBIC)
+    return moved
+
+
+def _perspective(image: Image.Image, values: Mapping[str, float], *, reach: int) -> Image.Image:
+    low, high = reach, image.width - reach
+    corners = [[low, low], [high, low], [high, high], [low, high]]
+    offsets = list(values.values())
+    ends = [[x + offsets[2 * i], y + offsets[2 * i + 1]] for i, (x, y) in enumerate(corners)]
+    moved: Image.Image = tvf.perspective(image, corners, ends, interpolation=InterpolationMode.BICUBIC)
+    return moved
 
 
 def _change_colors(image: Image.Image, deltas: list[float]) -> Image.Image:
@@ -159,14 +190,12 @@ def measure(name: str, crops: Tensor, num_steps: int, repeats: int, generator: t
 
     pillow, pillow_alone = pillow_works(name, family, points, arrays)
     works: list[Callable[[], object]] = [ours, pillow, pillow_alone]
-    if (field := torchvision_work(name, points, arrays)) is not None:
-        works.append(field)
+    works.append(torchvision_work(name, family, points, arrays))
     difference = float((255 * (ours() - pillow())).abs().mean())  # the first call of each warms it up
     times = [[_milliseconds(work) / len(crops) for work in works] for _ in range(repeats)]
     medians = [statistics.median(column) for column in zip(*times, strict=True)]
     ratios = [statistics.median(row[k] / row[0] for row in times) for k in range(1, len(works))]
-    field_ms, ratio_field = (medians[3], ratios[2]) if field is not None else (None, None)
-    return Timing(name, *medians[:3], *ratios[:2], field_ms, ratio_field, difference)
+    return Timing(name, *medians[:3], *ratios[:2], medians[3], ratios[2], difference)
 
 
 def pillow_works(
@@ -193,21 +222,26 @@ def pillow_works(
     return whole, alone
 
 
-def torchvision_work(name: str, points: Tensor, arrays: Sequence[npt.NDArray[np.uint8]]) -> Callable[[], Tensor] | None:
-    """Return what makes the batch [S + 1, B, 3, H, W] as code in the field does, or None where torchvision cannot."""
+def torchvision_work(
+    name: str, family: TransformFamily, points: Tensor, arrays: Sequence[npt.NDArray[np.uint8]]
+) -> Callable[[], Tensor]:
+    """Return what makes the batch [S + 1, B, 3, H, W] as code in the field does."""
     size = len(arrays[0])
-    ops = [[torchvision_op(name, point.tolist(), size) for point in points[:, b]] for b in range(len(arrays))]
+
+    def op_of(point: Tensor) -> PillowOp:
+        return torchvision_op(name, dict(zip(family.param_names, point.tolist(), strict=True)), size)
+
+    ops = [[op_of(point) for point in points[:, b]] for b in range(len(arrays))]
 
     def work() -> Tensor:
         batch = torch.empty(len(points), len(arrays), 3, size, size)
         for b, array in enumerate(arrays):
             image = Image.fromarray(array)
             for step, op in enumerate(ops[b]):
-                assert op is not None
                 batch[step, b] = to_tensor(op(image))
         return batch
 
-    return None if ops[0][0] is None else work
+    return work
 
 
 def _padded(array: npt.NDArray[np.uint8], margin: int) -> Image.Image:

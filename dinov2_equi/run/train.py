@@ -181,11 +181,11 @@ def _log_start(derived: Derived, device: torch.device, output_dir: Path) -> None
     logger.info("device %s, torch %s, %d CPU threads", device, torch.__version__, torch.get_num_threads())
     logger.info(describe_backend(device))
     logger.info(
-        "%d steps of %d images on %d processes, peak learning rate %.3g",
+        "%d steps of %d images, peak learning rate %.3g, %s",
         derived.total_steps,
         derived.effective_batch_size,
-        get_world_size(),
         derived.lr,
+        "one process" if get_world_size() == 1 else f"{get_world_size()} processes",
     )
 
 

@@ -30,6 +30,7 @@ from dinov2_equi.fsdp.manifest import (
     TENSOR_SUFFIX,
     CheckpointError,
     Manifest,
+    check_json_size,
     describe_file,
     is_tensor_stem,
     read_verified_manifest,
@@ -113,12 +114,14 @@ class CheckpointStore:
         Raises:
             ValueError: ``step`` is negative or a name is not a plain file name.
             TypeError: ``state`` holds something that JSON cannot.
-            CheckpointError: the checkpoint could not be written; earlier ones are untouched.
+            CheckpointError: the checkpoint could not be written, or ``state`` is too large to be read again; earlier
+                ones are untouched.
         """
         if self.read_only:
             raise CheckpointError(f"the store of {self.directory} was opened read-only; open it without read_only")
         _check_names(step, tensors)
         state_text = json.dumps(state, indent=1) + "\n"
+        check_json_size(STATE_NAME, len(state_text.encode()))
         target = self._path(step)
         partial = self.directory / f"{_PARTIAL_PREFIX}{target.name}"
         try:
@@ -237,6 +240,8 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
             if name.endswith(TENSOR_SUFFIX)
         }
         state = json.loads((path / STATE_NAME).read_text(encoding="utf-8"))
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{STATE_NAME} is not a JSON object")
     except (CheckpointError, OSError, SafetensorError, ValueError, RecursionError) as error:
         raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
     return Checkpoint(step=manifest.step, tensors=tensors, state=state, path=path)
@@ -359,16 +364,22 @@ def restore_optimizer_(
 
     Raises:
         TypeError: it is not an AdamW.
-        ValueError: names or shapes differ from the optimiser's; it is unchanged then.
+        ValueError: names, shapes or dtypes differ from the optimiser's; it is unchanged then.
     """
     named = _named_parameters(optimizer)
+    for key in ("names", "without_state"):
+        names = state.get(key, [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(
+                f"expected a list of names as {key!r} of the optimiser, the checkpoint holds {names!r:.80}"
+            )
     _check_same("optimiser class", {"AdamW"}, {str(state.get("class"))})
     _check_same("parameters of the optimiser", named.keys(), state.get("names", ()))
     without_state = set(state.get("without_state", ()))
     expected = {f"{key}/{name}" for name, (_, keys) in named.items() if name not in without_state for key in keys}
     _check_same("tensors of the optimiser", expected, tensors)
     for name, (param, _) in named.items():
-        _check_state_shapes(name, param, tensors)
+        _check_state_tensors(name, param, tensors)
     packed = optimizer.state_dict()
     restored = {
         index: {key: tensors[f"{key}/{name}"].clone() for key in sorted(keys)}
@@ -388,8 +399,11 @@ def _check_same(what: str, expected: Iterable[str], found: Iterable[str]) -> Non
         )
 
 
-def _check_state_shapes(name: str, param: Tensor, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless the saved state of parameter ``name`` has the parameter's shape."""
+def _check_state_tensors(name: str, param: Tensor, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the saved state of parameter ``name`` has the parameter's shape and dtype.
+
+    Another dtype would be converted without a word, and the resume would not be exact.
+    """
     for key, shape in (
         ("step", ()),
         ("exp_avg", param.shape),
@@ -397,6 +411,9 @@ def _check_state_shapes(name: str, param: Tensor, tensors: Mapping[str, Tensor])
         ("max_exp_avg_sq", param.shape),
     ):
         value = tensors.get(f"{key}/{name}")
+        dtype = torch.get_default_dtype() if key == "step" else param.dtype
+        if value is not None and value.dtype != dtype:
+            raise ValueError(f"expected {dtype} for {key} of {name!r}, the checkpoint holds {value.dtype}")
         if value is not None and value.shape != shape:
             raise ValueError(
                 f"expected shape {tuple(shape)} for {key} of {name!r}, the checkpoint holds {tuple(value.shape)}; "

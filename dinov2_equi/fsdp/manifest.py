@@ -18,6 +18,8 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 STATE_NAME = "state.json"
 TENSOR_SUFFIX = ".safetensors"
+MAX_JSON_BYTES = 64 << 20
+"""No JSON file of a checkpoint is larger; it is read as a whole. That of a run has some ten thousand bytes."""
 
 _STEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -72,6 +74,12 @@ def describe_file(path: Path) -> FileEntry:
     return FileEntry(size=size, sha256=digest.hexdigest())
 
 
+def check_json_size(name: str, size: int) -> None:
+    """Raise CheckpointError for a JSON file of more than `MAX_JSON_BYTES`."""
+    if size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{name} has {size} bytes, a checkpoint's has at most {MAX_JSON_BYTES}")
+
+
 def _parse_entry(name: str, entry: Any) -> FileEntry:
     """Return the checked entry of file ``name``."""
     if name != STATE_NAME and not (name.endswith(TENSOR_SUFFIX) and is_tensor_stem(name[: -len(TENSOR_SUFFIX)])):
@@ -118,8 +126,10 @@ def read_verified_manifest(directory: Path) -> Manifest:
         CheckpointError: the manifest or a file is missing, unreadable or differs from what was written.
     """
     try:
+        check_json_size(MANIFEST_NAME, (directory / MANIFEST_NAME).lstat().st_size)
         describe_file(directory / MANIFEST_NAME)
         manifest = parse_manifest((directory / MANIFEST_NAME).read_bytes().decode())
+        check_json_size(STATE_NAME, manifest.files[STATE_NAME].size)
         for name, expected in manifest.files.items():
             _check_file(directory / name, expected)
     except FileNotFoundError as error:

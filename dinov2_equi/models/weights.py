@@ -5,8 +5,8 @@ from __future__ import annotations
 import fnmatch
 import logging
 import math
-import pickle
 import re
+import zipfile
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -83,12 +83,17 @@ def _read_tensors(path: str | Path) -> dict[str, Tensor]:
     for wrapper in WRAPPER_KEYS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    if not isinstance(content, Mapping) or not content or not all(_has_values(v) for v in content.values()):
         raise ValueError(
             f"expected {path} to hold a state dict (names to tensors), or one under "
             f"{' or '.join(map(repr, WRAPPER_KEYS))}; got {_describe(content)}"
         )
     return {str(name): tensor for name, tensor in content.items()}
+
+
+def _has_values(value: Any) -> bool:
+    """Return whether this is an ordinary tensor: neither sparse nor quantised, nor one of the device meta."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_meta or value.is_quantized)
 
 
 def _read_safetensors(path: Path) -> Any:
@@ -104,13 +109,33 @@ def _read_safetensors(path: Path) -> Any:
 
 
 def _read_torch(path: Path) -> Any:
+    _refuse_packed(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # the unpickler meets spoiled bytes with KeyError, IndexError and others
         raise ValueError(
             f"{path} cannot be read as a file of tensors ({type(error).__name__}); it is damaged, or it holds pickled "
             "objects, which are never loaded because they can run code"
         ) from error
+
+
+def _refuse_packed(path: Path) -> None:
+    """Raise ValueError for a zip archive that unpacks to more than its own size; `torch.save` packs nothing."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        raise ValueError(f"{path} is no complete zip archive ({error}); copy or download it again") from error
+    is_packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+    if is_packed or sum(member.file_size for member in members) > path.stat().st_size:
+        raise ValueError(
+            f"{path} is a compressed archive, which can unpack to any size and which torch.save never writes; save the "
+            "weights again with torch.save or as safetensors"
+        )
 
 
 def _describe(content: Any) -> str:
@@ -240,7 +265,8 @@ def load_exact(
         allow_unexpected: names or patterns that may be in `state` for nothing.
 
     Raises:
-        ValueError: naming the tensors that are missing, unexpected or of another shape.
+        ValueError: naming the tensors that are missing, unexpected, of another shape or of another kind of numbers
+            (integer, real, complex); float16 for float32 is the same kind.
     """
     own = module.state_dict()
     missing = _unmatched(own.keys() - state.keys(), allow_missing)
@@ -250,11 +276,18 @@ def load_exact(
         for name in own
         if name in state and own[name].shape != state[name].shape
     ]
-    problems = [
-        f"{kind}: {_listed(names)}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if names
+    kinds = [
+        f"{name} (expected {own[name].dtype}, got {state[name].dtype})"
+        for name in own
+        if name in state and _kind(own[name]) != _kind(state[name])
     ]
+    found = (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("of another shape", shapes),
+        ("of another kind of numbers", kinds),
+    )
+    problems = [f"{kind}: {_listed(names)}" for kind, names in found if names]
     if problems:
         raise ValueError(
             f"the weights do not fit {type(module).__name__}; {'; '.join(problems)}. "
@@ -262,6 +295,10 @@ def load_exact(
         )
     # The differences that are left were allowed by name above.
     module.load_state_dict({name: tensor for name, tensor in state.items() if name in own}, strict=False)
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 def _unmatched(names: Iterable[str], patterns: Collection[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from dinov2_equi.data.samplers import RandomStream, random_generator
 from dinov2_equi.distributed.collectives import gather_bytes, wait_for_all_ranks
 from dinov2_equi.distributed.env import get_rank, get_world_size, is_main_process
 from dinov2_equi.fsdp.checkpoint import Checkpoint, CheckpointStore, flatten_optimizer, restore_optimizer_
+from dinov2_equi.fsdp.manifest import CheckpointError
 from dinov2_equi.models.weights import load_exact
 from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
 
@@ -74,7 +76,10 @@ class TrainState:
 
         Raises:
             ValueError: if the checkpoint does not fit this model; lists the differences.
+            CheckpointError: if it is none of a training run.
         """
+        _check_contents(checkpoint)
+        _check_dtypes(self.model.state_dict(), checkpoint.tensors["model"])
         load_exact(self.model, checkpoint.tensors["model"])
         restore_optimizer_(self.optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
         _restore_random_state(checkpoint, self.model.cfg.train.seed)
@@ -92,7 +97,9 @@ def check_same_run(checkpoint: Checkpoint, cfg: Config) -> None:
 
     Raises:
         ResumeError: if a setting differs that would make it another run; names each with both values.
+        CheckpointError: if the checkpoint is none of a training run.
     """
+    _check_settings(checkpoint)
     now = flat_config(cfg)
     before = flat_config(Config()) | checkpoint.state["config"]  # a key younger than the checkpoint had its default
     changed = [key for key in now if before[key] != now[key]]
@@ -112,6 +119,47 @@ def check_same_run(checkpoint: Checkpoint, cfg: Config) -> None:
         )
     for key in (key for key in changed if key.startswith(SCHEDULE_KEYS)):
         logger.warning("resuming with %s = %r; the run so far used %r", key, now[key], before[key])
+
+
+def _check_settings(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless the settings of a run are in the checkpoint."""
+    config = checkpoint.state.get("config")
+    wrong = [] if isinstance(config, dict) else ["config"]
+    if isinstance(config, dict) and not isinstance(config.get(BATCH_SIZE, 1), int):
+        wrong.append(BATCH_SIZE)
+    if not isinstance(checkpoint.state.get(WORLD_SIZE, 1), int):
+        wrong.append(WORLD_SIZE)
+    _refuse(checkpoint, wrong)
+
+
+def _check_contents(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for what is undamaged but was not written by `TrainState.save`: the bundle of a step."""
+    state = checkpoint.state
+    wrong = [f"{name}.safetensors" for name in ("model", "optimizer", "rng") if name not in checkpoint.tensors]
+    if not isinstance(state.get("optimizer"), dict):
+        wrong.append("optimizer")
+    if not isinstance(state.get("seconds"), (int, float)):
+        wrong.append("seconds")
+    wrong += [key for key in ("skipped", WORLD_SIZE) if not isinstance(state.get(key, 1), int)]
+    _refuse(checkpoint, wrong)
+
+
+def _refuse(checkpoint: Checkpoint, wrong: list[str]) -> None:
+    if wrong:
+        raise CheckpointError(
+            f"{checkpoint.path} is no checkpoint of a training run: missing or of another type are {', '.join(wrong)}; "
+            "give the folder of a run, or restore its checkpoints from a copy"
+        )
+
+
+def _check_dtypes(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for a tensor that would be converted: the resume would not be exact."""
+    for name in own.keys() & saved.keys():
+        if own[name].dtype != saved[name].dtype:
+            raise ValueError(
+                f"expected {own[name].dtype} for {name}, the checkpoint holds {saved[name].dtype}; resume with the "
+                "configuration that wrote it"
+            )
 
 
 def flat_config(cfg: Config) -> dict[str, Any]:
@@ -137,7 +185,20 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(state: dict[str, Tensor]) -> None:
-    """Put back what `random_state` returned."""
+    """Put back what `random_state` returned.
+
+    Raises:
+        ValueError: if it is none of this version of PyTorch.
+    """
+    for name, own in random_state().items():
+        value = state.get(name)
+        if (name == "cpu" or value is not None) and (
+            value is None or value.dtype != own.dtype or value.shape != own.shape
+        ):
+            raise ValueError(
+                f"the random state {name!r} of the checkpoint is none of this PyTorch: expected {len(own)} bytes, got "
+                f"{'nothing' if value is None else f'{value.dtype} of shape {list(value.shape)}'}"
+            )
     torch.set_rng_state(state["cpu"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())

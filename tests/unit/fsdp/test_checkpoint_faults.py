@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from dinov2_equi.fsdp import checkpoint as checkpoint_module
+from dinov2_equi.fsdp import manifest as manifest_module
 from dinov2_equi.fsdp.checkpoint import CheckpointStore, read_checkpoint
 from dinov2_equi.fsdp.manifest import CheckpointError, FileEntry, Manifest, describe_file, parse_manifest
 
@@ -356,12 +357,33 @@ def test_bytes_that_are_no_safetensors_are_refused_even_with_a_fitting_manifest(
         read_checkpoint(saved)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\ud800"])
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\ud800", "[]", "3"])
 def test_a_state_that_is_no_json_is_refused_even_with_a_fitting_manifest(saved: Path, text: str) -> None:
     (saved / "state.json").write_bytes(text.encode(errors="surrogatepass"))
     rewrite_manifest(saved, **{"state.json": describe_file(saved / "state.json")})
     with pytest.raises(CheckpointError, match="step_00000003 is damaged"):
         read_checkpoint(saved)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json"])
+def test_a_json_file_of_any_size_is_read_into_memory(saved: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest_module, "MAX_JSON_BYTES", 1 << 20)
+    os.truncate(saved / name, (1 << 20) + 1)
+    if name == "state.json":
+        rewrite_manifest(saved, **{name: describe_file(saved / name)})
+    with pytest.raises(CheckpointError, match=f"{name} has 1048577 bytes, a checkpoint's has at most 1048576"):
+        read_checkpoint(saved)
+
+
+def test_a_state_is_saved_that_cannot_be_read_again(
+    tmp_path: Path, states: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest_module, "MAX_JSON_BYTES", 1 << 10)
+    store = CheckpointStore(tmp_path)
+    states.save(store, 1)
+    with pytest.raises(CheckpointError, match=r"state\.json has"):
+        store.save(2, states.tensors(2), {"long": "x" * 2000})
+    assert states.is_of(store.load(), 1)
 
 
 def test_manifest_text_is_stable_json() -> None:

@@ -124,6 +124,10 @@ def scalar_step(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     tensors["step/0.bias"] = torch.ones(4)
 
 
+def other_dtype(key: str) -> Any:
+    return lambda tensors, state: tensors.update({key: tensors[key].double()})
+
+
 def other_class(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     state["class"] = "SGD"
 
@@ -139,6 +143,10 @@ def other_names(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         (lambda tensors, state: tensors.update({"exp_avg/new": torch.ones(1)}), r"1 unknown here \['exp_avg/new'\]"),
         (reshape, r"expected shape \(4, 3\) for exp_avg of '0.weight', the checkpoint holds \(3, 4\)"),
         (scalar_step, r"expected shape \(\) for step of '0.bias', the checkpoint holds \(4,\)"),
+        (other_dtype("exp_avg/0.weight"), "expected torch.float32 for exp_avg of '0.weight'.*holds torch.float64"),
+        (other_dtype("step/0.bias"), "expected torch.float32 for step of '0.bias'.*holds torch.float64"),
+        (lambda tensors, state: state.update(names=[1, None]), r"expected a list of names as 'names'.*\[1, None\]"),
+        (lambda tensors, state: state.update(without_state=3), "expected a list of names as 'without_state'"),
         (other_class, r"optimiser class differ.*'AdamW'.*'SGD'"),
         (other_names, r"parameters of the optimiser differ.*'0.bias'.*'3.weight'"),
     ],

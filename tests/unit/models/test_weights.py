@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -238,3 +239,48 @@ def test_a_part_of_a_teacher_is_not_found(tmp_path: Path) -> None:
     assert read_part(tmp_path / "teacher.pth", "ibot_head") == {}
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         read_part(tmp_path / "nowhere.pth", "feature_split")
+
+
+@pytest.mark.parametrize("member", ["data.pkl", "data/0"])
+def test_a_packed_archive_fills_the_memory(tmp_path: Path, member: str) -> None:
+    path = tmp_path / "bomb.pth"
+    torch.save({"x": torch.zeros(2)}, path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            if name.endswith(member):
+                archive.writestr(name, content + bytes(2**20), zipfile.ZIP_DEFLATED)
+            else:
+                archive.writestr(name, content)
+    assert path.stat().st_size < 2**14
+    with pytest.raises(ValueError, match="compressed archive"):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize("content", [b"\x80\x02a.", b"\x80\x02h\x07."], ids=["IndexError", "KeyError"])
+def test_spoiled_opcodes_of_a_pickle_end_in_a_traceback(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be read as a file of tensors"):
+        read_state_dict(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(2, device="meta"), torch.eye(2).to_sparse()], ids=["meta", "sparse"])
+def test_a_tensor_without_plain_values_is_taken_for_weights(tmp_path: Path, tensor: Tensor) -> None:
+    torch.save({"x": tensor}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="state dict"):
+        read_state_dict(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_numbers_of_another_kind_become_weights(module: nn.Module, dtype: torch.dtype) -> None:
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    name = next(iter(before))
+    with pytest.raises(ValueError, match=f"of another kind of numbers: {name} "):
+        load_exact(module, before | {name: torch.ones_like(before[name], dtype=dtype)})
+    assert_same_state(module.state_dict(), before)
+
+
+def test_weights_of_half_precision_are_refused(module: nn.Module) -> None:
+    load_exact(module, {name: torch.full_like(t, 0.5).half() for name, t in module.state_dict().items()})
+    assert all(bool((t == 0.5).all()) and t.dtype == torch.float32 for t in module.state_dict().values())

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from dinov2_equi.config.keys import leaf_types
 from dinov2_equi.config.schema import Config
 from dinov2_equi.data.batch import Batch
 from dinov2_equi.fsdp.checkpoint import Checkpoint, CheckpointStore
+from dinov2_equi.fsdp.manifest import CheckpointError
 from dinov2_equi.train import state as state_module
 from dinov2_equi.train.schedules import StepValues
 from dinov2_equi.train.state import ResumeError, TrainState, check_same_run, flat_config
@@ -162,6 +164,58 @@ def test_checkpoint_of_another_model_is_refused_with_the_differences(
     assert_same_bits(before, snapshot(state))
 
 
+def without_set(name: str) -> Any:
+    return lambda checkpoint: checkpoint.tensors.pop(name)
+
+
+def with_state(**values: Any) -> Any:
+    return lambda checkpoint: checkpoint.state.update(values)
+
+
+def other_dtype(checkpoint: Checkpoint) -> None:
+    model = checkpoint.tensors["model"]
+    name = "student.backbone.cls_token"
+    model[name] = model[name].double()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (without_set("model"), CheckpointError, "missing or of another type are model.safetensors"),
+        (without_set("rng"), CheckpointError, "missing or of another type are rng.safetensors"),
+        (with_state(optimizer=[]), CheckpointError, "another type are optimizer"),
+        (with_state(seconds=None), CheckpointError, "another type are seconds"),
+        (with_state(skipped="3"), CheckpointError, "another type are skipped"),
+        (other_dtype, ValueError, "expected torch.float32 for student.backbone.cls_token.*holds torch.float64"),
+    ],
+)
+def test_an_undamaged_checkpoint_of_something_else_ends_in_a_traceback_or_is_taken(
+    change: Any,
+    error: type[Exception],
+    message: str,
+    make_config: MakeConfig,
+    make_state: MakeState,
+    snapshot: Snapshot,
+    assert_same_bits: Compare,
+    store: CheckpointStore,
+) -> None:
+    cfg = make_config()
+    state = make_state(cfg)
+    state.save(store, cfg)
+    before = snapshot(state)
+    checkpoint = store.load()
+    change(checkpoint)
+    with pytest.raises(error, match=message):
+        state.restore(checkpoint)
+    assert_same_bits(before, snapshot(state))
+
+
+@pytest.mark.parametrize("cpu", [None, torch.zeros(8, dtype=torch.uint8), torch.zeros(5056)])
+def test_a_random_state_of_something_else_ends_in_a_traceback(cpu: Tensor | None) -> None:
+    with pytest.raises(ValueError, match="random state 'cpu' of the checkpoint is none of this PyTorch"):
+        state_module.set_random_state({} if cpu is None else {"cpu": cpu})
+
+
 # --------------------------------------------------------------------------------------------------------- the same run
 
 
@@ -288,6 +342,14 @@ def test_changed_schedule_is_taken_with_a_warning(
     text = caplog.text.replace("'", "")
     assert f"{key} = {now}" in text
     assert f"used {before}" in text
+
+
+@pytest.mark.parametrize("config", [None, "x", {"train.batch_size_per_gpu": {}}], ids=str)
+def test_settings_of_something_else_end_in_a_traceback(config: Any, make_config: MakeConfig) -> None:
+    checkpoint = checkpoint_of(make_config())
+    checkpoint.state["config"] = config
+    with pytest.raises(CheckpointError, match="no checkpoint of a training run: missing or of another type are"):
+        check_same_run(checkpoint, make_config())
 
 
 def test_a_key_younger_than_the_checkpoint_makes_it_another_run(make_config: MakeConfig) -> None:

@@ -29,18 +29,39 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default=found, metavar="NAME", help=f"cpu, cuda, cuda:1, ... (default: {found})")
 
 
-def run_command(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """Return the exit code of a command; a fault of the input ends in a message on stderr instead of a traceback."""
+def run_command(
+    command: Callable[[argparse.Namespace], int], args: argparse.Namespace, *, interrupted: str = "interrupted"
+) -> int:
+    """Return the exit code of a command; a fault of the input ends in one line on stderr instead of a traceback.
+
+    Args:
+        command: returns the exit code.
+        args: what it is given; where they hold a `device`, it is checked first.
+        interrupted: what is said after Ctrl-C.
+    """
     keep_freed_memory()
     try:
         _check_device(getattr(args, "device", "cpu"))
         return command(args)
+    except torch.OutOfMemoryError:
+        return _end("error: the device has not enough memory: take smaller batches or images", EXIT_USER_ERROR)
     except (ValueError, OSError, ImportError, CheckpointError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return EXIT_USER_ERROR
+        return _end(f"error: {_one_line(error)}", EXIT_USER_ERROR)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return EXIT_INTERRUPTED
+        return _end(interrupted, EXIT_INTERRUPTED)
+
+
+def _end(message: str, code: int) -> int:
+    sys.stderr.write(f"{message}\n")
+    return code
+
+
+def _one_line(error: Exception) -> str:
+    """Return the message of an error; of one from a loader process, which brings a traceback, its last line."""
+    text = str(error).strip()
+    if text.startswith("Caught ") and "worker process" in text:
+        return text.splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split())
 
 
 def _check_device(name: str) -> None:

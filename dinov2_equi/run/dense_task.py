@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from dinov2_equi.evaluation.dense.training import LoopSettings, Losses, TrainingSamples, train
 from dinov2_equi.evaluation.eval_model import EvalModel
 from dinov2_equi.evaluation.stored_features import weights_digest
-from dinov2_equi.fsdp.manifest import CheckpointError
 from dinov2_equi.logging.progress import training_progress
 from dinov2_equi.logging.setup import setup_logging
-from dinov2_equi.run.allocator import keep_freed_memory
+from dinov2_equi.run.command import EXIT_DONE, add_device, command_parser, run_command
 from dinov2_equi.run.load import FORMS, load_eval_model
 
 RESULTS_FILE, PICTURE_FILE = "results.json", "predictions.png"
-USER_ERROR, INTERRUPTED = 2, 130
 _CURVE_POINTS = 100
 
 
@@ -38,7 +34,7 @@ def dense_parser(
         output: folder written to by default.
         needs_data: the folder of the data must be given.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(description)
     add = parser.add_argument
     add("--weights", required=True, metavar="WEIGHTS", help=f"one of: {FORMS}")
     add("--data", type=Path, required=needs_data, metavar="FOLDER", help="of the data set")
@@ -47,7 +43,7 @@ def dense_parser(
     add("--set", nargs="*", default=[], metavar="NAME=VALUE", help=f"settings: {settings}")
     add("--num-workers", type=int, default=0, help="processes that load images")
     add("--pictures", type=int, default=4, metavar="N", help="images in predictions.png (default: 4)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     add("--output", type=Path, default=Path(output), metavar="DIR", help=f"default: {output}")
     return parser
 
@@ -111,27 +107,11 @@ def described(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_to_exit_code(run: Callable[[argparse.Namespace], str], args: argparse.Namespace) -> int:
-    """Run a task and print what it returns; a fault of the input ends in one line on stderr and exit code 2."""
-    keep_freed_memory()
-    try:
-        text = run(args)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return INTERRUPTED
-    except torch.OutOfMemoryError:
-        print("error: the device has not enough memory: lower batch_size or the size of the images", file=sys.stderr)
-        return USER_ERROR
-    except (ValueError, OSError, ImportError, CheckpointError) as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        return USER_ERROR
-    print(text)
-    print(f"written: {args.output / RESULTS_FILE}, {args.output / PICTURE_FILE}")
-    return 0
+    """Run a task, print what it returns and where it wrote, and return the exit code; see `run_command`."""
 
+    def command(args: argparse.Namespace) -> int:
+        print(run(args))
+        print(f"written: {args.output / RESULTS_FILE}, {args.output / PICTURE_FILE}")
+        return EXIT_DONE
 
-def _one_line(error: Exception) -> str:
-    """Return the message of an error; of one from a loader process, which brings a traceback, its last line."""
-    text = str(error).strip()
-    if text.startswith("Caught ") and "worker process" in text:
-        return text.splitlines()[-1].partition(": ")[2]
-    return " ".join(text.split())
+    return run_command(command, args, interrupted="stopped; the same command goes on from the last checkpoint")

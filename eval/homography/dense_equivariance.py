@@ -37,7 +37,7 @@ from dinov2_equi.evaluation.results import folder_name, write_results
 from dinov2_equi.logging.console import get_console
 from dinov2_equi.logging.progress import training_progress
 from dinov2_equi.logging.setup import setup_logging
-from dinov2_equi.run.allocator import keep_freed_memory
+from dinov2_equi.run.command import EXIT_DONE, add_device, command_parser, run_command
 from dinov2_equi.run.load import FORMS, load_eval_models
 
 RESULTS_FILE, FIGURE_FILE = "results.json", "features.png"
@@ -50,7 +50,7 @@ Numbers = dict[str, dict[str, float]]
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--weights", nargs="+", required=True, metavar="WEIGHTS", help=f"one or several of: {FORMS}")
     add("--data", required=True, metavar="DATA", help="a folder of images, or any data set of the training config")
@@ -62,7 +62,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--features", choices=DENSE_FEATURES, default="patches", help="default: patches; the parts of runs alone")
     add("--seed", type=int, default=0, help="of the transforms")
     add("--batch-size", type=int, default=16, help="images in one forward pass (default: 16)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     add("--output", type=Path, default=Path("dense_equivariance"), metavar="DIR", help="default: dense_equivariance")
     return parser.parse_args(argv)
 
@@ -147,22 +147,18 @@ def table_of(numbers: dict[str, Numbers]) -> Table:
     return table
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the harness; a fault of the input ends in one line on stderr and exit status 2."""
-    args = parse_arguments(argv)
-    keep_freed_memory()
-    try:
-        numbers = run(args)
-    except torch.OutOfMemoryError as error:
-        print(f"error: {error}; take a smaller --batch-size or --size", file=sys.stderr)
-        return 2
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def report(args: argparse.Namespace) -> int:
+    """Measure, and say what was found and where it lies."""
+    numbers = run(args)
     get_console().print(table_of(numbers))
     print("Cosine after the mean feature is taken off; 1: features move exactly as the image does.")
     print(f"written: {args.output / RESULTS_FILE}; pictures: {args.output}/*/{FIGURE_FILE}")
-    return 0
+    return EXIT_DONE
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command(report, parse_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from typing import Any
 if __package__ in (None, ""):  # started as a file: a clean clone needs the repository root on the path
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import torch
 from rich.table import Table
 
 from dinov2_equi.data.datasets.base import DatasetError
@@ -41,7 +40,7 @@ from dinov2_equi.evaluation.video_segmentation import (
 from dinov2_equi.logging.console import get_console
 from dinov2_equi.logging.progress import training_progress
 from dinov2_equi.logging.setup import setup_logging
-from dinov2_equi.run.allocator import keep_freed_memory
+from dinov2_equi.run.command import EXIT_DONE, add_device, command_parser, run_command
 from dinov2_equi.run.load import FORMS, load_eval_models
 
 RESULTS_FILE = "results.json"
@@ -54,7 +53,7 @@ Numbers = dict[str, Any]
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--weights", nargs="+", required=True, metavar="WEIGHTS", help=f"one or several of: {FORMS}")
     data = parser.add_argument_group("clips").add_argument
@@ -73,7 +72,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     how("--context", type=int, default=own.context, help=f"frames looked back at (default: {own.context})")
     how("--features", choices=DENSE_FEATURES, default="patches", help="default: patches; the parts of runs alone")
     add("--batch-size", type=int, default=VideoSettings.batch_size, help="frames in one forward pass")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     add("--output", type=Path, default=Path("video"), metavar="DIR", help="default: video")
     return parser.parse_args(argv)
 
@@ -193,22 +192,18 @@ def table_of(numbers: dict[str, Numbers], metric: str) -> Table:
     return table
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the harness; a fault of the input ends in one line on stderr and exit status 2."""
-    args = parse_arguments(argv)
-    keep_freed_memory()
-    try:
-        numbers = run(args)
-    except torch.OutOfMemoryError as error:
-        print(f"error: {error}; take a smaller --size or --batch-size", file=sys.stderr)
-        return 2
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def report(args: argparse.Namespace) -> int:
+    """Measure, and say what was found and where it lies."""
+    numbers = run(args)
     get_console().print(table_of(numbers, video_settings(args).metric))
     print(f"Per cent. Masks and animations: {args.output}/*/masks, {args.output}/*/pictures")
     print(f"written: {args.output / RESULTS_FILE}")
-    return 0
+    return EXIT_DONE
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command(report, parse_arguments(argv))
 
 
 if __name__ == "__main__":

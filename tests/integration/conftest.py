@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -164,3 +165,55 @@ def start_python() -> Callable[..., subprocess.Popen[str]]:
         )
 
     return start
+
+
+@pytest.fixture(autouse=True)
+def restored_logging() -> Iterator[None]:
+    """Put back the handlers that a command sets for its whole process."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    logging.captureWarnings(False)
+    root.setLevel(level)
+    for handler in [handler for handler in root.handlers if handler not in handlers]:
+        root.removeHandler(handler)
+        handler.close()
+
+
+@pytest.fixture
+def assert_refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    """Return a function that runs a script with wrong input and looks for one plain line with a message in it."""
+
+    def run(script: ModuleType, words: Sequence[str], message: str) -> None:
+        assert script.main(list(words)) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+    return run
+
+
+@pytest.fixture
+def assert_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that trains a head twice, once with a stop, and compares what was measured."""
+
+    def compare(script: ModuleType, model: type, words: Sequence[str], stop_at: int) -> None:
+        whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
+        assert script.main([*words, "--output", whole]) == 0
+        losses = model.losses  # type: ignore[attr-defined]
+        calls = 0
+
+        def stopped(*arguments: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == stop_at:
+                raise KeyboardInterrupt
+            return losses(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "losses", stopped)
+            assert script.main([*words, "--output", cut]) == 130
+        assert script.main([*words, "--output", cut]) == 0
+        found = [json.loads((Path(folder) / "results.json").read_text())["numbers"] for folder in (whole, cut)]
+        assert found[0] == found[1]
+
+    return compare

@@ -56,26 +56,10 @@ def test_head_learns_nothing_or_the_files_are_not_written(
 
 
 def test_stopped_run_ends_with_other_numbers(
-    tmp_path: Path, script: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
+    script: ModuleType, folder: Path, assert_resumes: Callable[..., None]
 ) -> None:
-    words = (*TINY, *RECIPE, "head=dpt", "dpt_channels=8", "finetune=true", "--data", str(folder), "--output")
-    assert script.main([*words, str(tmp_path / "whole")]) == 0
-    losses = script.DepthModel.losses
-    calls = 0
-
-    def stopped(*arguments: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise KeyboardInterrupt
-        return losses(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(script.DepthModel, "losses", stopped)
-        assert script.main([*words, str(tmp_path / "cut")]) == 130
-    assert script.main([*words, str(tmp_path / "cut")]) == 0
-    found = [json.loads((tmp_path / name / "results.json").read_text())["numbers"] for name in ("whole", "cut")]
-    assert found[0] == found[1]
+    words = (*TINY, *RECIPE, "head=dpt", "dpt_channels=8", "finetune=true", "--data", str(folder))
+    assert_resumes(script, script.DepthModel, words, stop_at=4)
 
 
 @pytest.mark.parametrize(
@@ -93,14 +77,12 @@ def test_wrong_input_gives_a_traceback(
     script: ModuleType,
     folder: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    assert_refused: Callable[..., None],
     words: tuple[str, ...],
     message: str,
 ) -> None:
     given = [word.replace("FOLDER", str(folder)) for word in words]
-    assert script.main(["--weights", "random:vit_test_tiny/8", *given, "--output", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert_refused(script, ["--weights", "random:vit_test_tiny/8", *given, "--output", str(tmp_path / "out")], message)
 
 
 @pytest.mark.parametrize("path", sorted((SCRIPT.parent / "configs").iterdir()), ids=lambda path: path.name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -55,19 +54,6 @@ def script() -> Iterator[ModuleType]:
     spec.loader.exec_module(module)
     yield module
     sys.path = before
-
-
-@pytest.fixture(autouse=True)
-def restored_logging() -> Iterator[None]:
-    """Put back what the command sets for its whole process."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    logging.captureWarnings(False)
-    root.setLevel(level)
-    for handler in [handler for handler in root.handlers if handler not in handlers]:
-        root.removeHandler(handler)
-        handler.close()
 
 
 def results(folder: Path) -> dict[str, Any]:

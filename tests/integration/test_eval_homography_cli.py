@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,19 +21,6 @@ SMALL = ("--image-size", "48", "64", "--patch", "24", "--max-shift", "6", "--tes
 @pytest.fixture(scope="module")
 def script(load_script: Callable[[Path], ModuleType]) -> ModuleType:
     return load_script(SCRIPT)
-
-
-@pytest.fixture(autouse=True)
-def restored_logging() -> Iterator[None]:
-    """Put back what the command sets for its whole process."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    logging.captureWarnings(False)
-    root.setLevel(level)
-    for handler in [handler for handler in root.handlers if handler not in handlers]:
-        root.removeHandler(handler)
-        handler.close()
 
 
 @pytest.fixture(scope="module")

@@ -69,14 +69,12 @@ def test_wrong_input_gives_a_traceback(
     script: ModuleType,
     folder: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    assert_refused: Callable[..., None],
     words: tuple[str, ...],
     message: str,
 ) -> None:
     given = [word.replace("FOLDER", str(folder)) for word in words]
-    assert script.main(["--weights", "random:vit_test_tiny/8", *given, "--output", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert_refused(script, ["--weights", "random:vit_test_tiny/8", *given, "--output", str(tmp_path / "out")], message)
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

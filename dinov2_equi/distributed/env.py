@@ -23,3 +23,8 @@ def get_world_size() -> int:
 def is_main_process() -> bool:
     """Return whether this is rank 0, the only process that speaks and writes shared files."""
     return get_rank() == 0
+
+
+def share_of_rank(count: int) -> range:
+    """Return which of `count` things this process does: every W-th, so that all are done by one."""
+    return range(get_rank(), count, get_world_size())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 
@@ -10,8 +11,11 @@ import torch
 
 from dinov2_equi.fsdp.manifest import CheckpointError
 from dinov2_equi.run.allocator import keep_freed_memory
+from dinov2_equi.train.stopping import RunStopped
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_STOPPED = 75
+"""EX_TEMPFAIL of sysexits.h: a signal stopped the command, which is to be tried again. For SLURM's RequeueExit."""
 
 EXIT_CODES = "exit codes: 0 done, 1 a part failed, 2 something in the command or the data is wrong, 130 interrupted"
 
@@ -41,12 +45,14 @@ def run_command(
     """
     keep_freed_memory()
     try:
-        _check_device(getattr(args, "device", "cpu"))
+        check_device(getattr(args, "device", "cpu"))
         return command(args)
     except torch.OutOfMemoryError:
         return _end("error: the device has not enough memory: take smaller batches or images", EXIT_USER_ERROR)
     except (ValueError, OSError, ImportError, CheckpointError) as error:
         return _end(f"error: {_one_line(error)}", EXIT_USER_ERROR)
+    except RunStopped as stopped:
+        return _end(str(stopped), EXIT_INTERRUPTED if stopped.signal == signal.SIGINT else EXIT_STOPPED)
     except KeyboardInterrupt:
         return _end(interrupted, EXIT_INTERRUPTED)
 
@@ -64,7 +70,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(text.split())
 
 
-def _check_device(name: str) -> None:
+def check_device(name: str) -> None:
     """Refuse a device that is not there.
 
     Raises:

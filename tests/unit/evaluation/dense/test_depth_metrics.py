@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from dinov2_equi.evaluation.dense.depth_metrics import METRICS, MeanOfImages, bins_loss, depth_metrics, silog_loss
+from dinov2_equi.evaluation.dense.depth_metrics import (
+    METRICS,
+    MeanOfImages,
+    bins_loss,
+    depth_metrics,
+    silog_loss,
+)
 
 
 def drawn(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -74,7 +80,8 @@ def test_mean_over_images_weighs_their_pixels() -> None:
     first, second = (depth_metrics(*drawn(seed)) for seed in (0, 1))
     mean.add(first)
     mean.add(second)
-    assert mean.result() == pytest.approx({name: (first[name] + second[name]) / 2 for name in METRICS})
+    wanted = {name: (first[name] + second[name]) / 2 for name in METRICS} | {"num_images": 2}
+    assert mean.result() == pytest.approx(wanted)
     with pytest.raises(ValueError, match="at least one image"):
         MeanOfImages().result()
 

@@ -29,6 +29,7 @@ from dinov2_equi.evaluation.dense.depth_metrics import (
     MeanOfImages,
     bins_loss,
     depth_metrics,
+    gradient_loss,
     silog_loss,
 )
 from dinov2_equi.evaluation.dense.maps import DenseBackbone, last_blocks, spaced_blocks, to_image_size
@@ -46,6 +47,7 @@ class DepthSettings(LoopSettings):
         bins: number of depth bins.
         dpt_channels: width of the DPT decoder.
         silog_weight: of the scale-invariant logarithmic loss.
+        gradient_weight: of the loss of the slopes of log depth, DINOv2's.
         bins_weight: of the cross-entropy over the bins.
         height: of the crops that are trained on, pixels; images smaller than it are filled up.
         width: of the crops.
@@ -60,6 +62,7 @@ class DepthSettings(LoopSettings):
     bins: int = 256
     dpt_channels: int = 256
     silog_weight: float = 1.0
+    gradient_weight: float = 0.5
     bins_weight: float = 0.0
     height: int = 416
     width: int = 544
@@ -87,9 +90,11 @@ class DepthSettings(LoopSettings):
                 f"expected bins >= 2, dpt_channels >= 1, height and width >= 1, resize >= 0; got {self.bins}, "
                 f"{self.dpt_channels}, {self.height}, {self.width}, {self.resize}"
             )
-        if min(self.silog_weight, self.bins_weight) < 0 or self.silog_weight + self.bins_weight == 0:
+        weights = (self.silog_weight, self.gradient_weight, self.bins_weight)
+        if min(weights) < 0 or self.silog_weight + self.bins_weight == 0:
             raise ValueError(
-                f"expected weights of the losses >= 0, one of them above, got {self.silog_weight}, {self.bins_weight}"
+                "expected silog_weight, gradient_weight and bins_weight >= 0, and the first or the last above 0, as "
+                f"slopes alone leave the depth open; got {', '.join(map(str, weights))}"
             )
         super().check()
 
@@ -136,6 +141,8 @@ class DepthModel(nn.Module):
         terms = {}
         if settings.silog_weight:
             terms["silog_loss"] = settings.silog_weight * silog_loss(found.depth, depth, known)
+        if settings.gradient_weight:
+            terms["gradient_loss"] = settings.gradient_weight * gradient_loss(found.depth, depth, known)
         if settings.bins_weight:
             shares = to_image_size(found.shares, images.shape[-2:], self.features.patch_size)
             terms["bins_loss"] = settings.bins_weight * bins_loss(shares, self.head.bins.centres, depth, known)  # type: ignore[union-attr, arg-type]

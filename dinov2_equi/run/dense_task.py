@@ -7,17 +7,15 @@ as a SLURM job, divide the images of each step and those that are measured among
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
 from torch import nn
 
 from dinov2_equi.distributed.collectives import largest_of_ranks, wait_for_all_ranks
@@ -28,16 +26,15 @@ from dinov2_equi.evaluation.eval_model import EvalModel
 from dinov2_equi.evaluation.figures import figure_png
 from dinov2_equi.evaluation.results import write_results
 from dinov2_equi.evaluation.stored_features import weights_digest
-from dinov2_equi.logging.progress import TrainingProgress, training_progress
 from dinov2_equi.logging.setup import setup_logging
 from dinov2_equi.run import launch
 from dinov2_equi.run.command import EXIT_DONE, add_device, command_parser
+from dinov2_equi.run.launch import shown_progress
 from dinov2_equi.run.load import FORMS, load_eval_model
 from dinov2_equi.train.stopping import RunStopped, StopRequest
 
 RESULTS_FILE, PICTURE_FILE = "results.json", "predictions.png"
 _CURVE_POINTS = 100
-_NOT_DESCRIBED = ("output", "set", "config", *launch.ARGUMENTS)
 
 SettingsT = TypeVar("SettingsT", bound=LoopSettings)
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -220,13 +217,17 @@ def train_and_measure(task: AnyTask, args: argparse.Namespace) -> str:
             found = task.evaluate(model, val, settings, advance)
         found |= task.baselines(train_set, val, args.device)
     if is_main_process():
-        shown = described(args) | {"num_train_images": len(train_set), "recipe": dataclasses.asdict(settings)} | facts
+        shown = (
+            launch.described(args)
+            | {"num_train_images": len(train_set), "recipe": dataclasses.asdict(settings)}
+            | facts
+        )
         write_results(
             args.output / RESULTS_FILE,
             {backbone.name: found | {"train_loss": loss_curve(history)}},
             task=task.name,
             seed=settings.seed,
-            settings=shown,
+            settings=shown | {"num_train_images": len(train_set), "recipe": dataclasses.asdict(settings)},
         )
         (args.output / PICTURE_FILE).write_bytes(figure_png(task.figure(args, model, val, settings)))
     wait_for_all_ranks()
@@ -273,14 +274,6 @@ def _stop_if_asked(stop: StopRequest, step: int) -> None:
         raise RunStopped(stop.signal, step)
 
 
-@contextlib.contextmanager
-def shown_progress(total_steps: int, *, images_per_step: int = 0) -> Iterator[TrainingProgress]:
-    """Show progress as `training_progress` does; of several processes only the first one shows it."""
-    hidden = None if is_main_process() else Console(quiet=True)
-    with training_progress(total_steps, images_per_step=images_per_step, console=hidden) as progress:
-        yield progress
-
-
 def training_identity(
     args: argparse.Namespace, model: EvalModel, settings: Mapping[str, Any], names: Iterable[str]
 ) -> dict[str, Any]:
@@ -299,9 +292,3 @@ def loss_curve(history: Sequence[float]) -> dict[str, list[float]]:
         "step": [float(end) for end in ends],
         "loss": [sum(history[a:b]) / (b - a) for a, b in zip(starts, ends, strict=True)],
     }
-
-
-def described(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the command line as it is written to the results, and the number of processes."""
-    kept = {name: value for name, value in vars(args).items() if name not in _NOT_DESCRIBED}
-    return kept | {"num_processes": get_world_size()}

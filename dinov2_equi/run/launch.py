@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console
 
 from dinov2_equi.config.load import to_yaml
 from dinov2_equi.config.schema import Config
+from dinov2_equi.distributed.env import get_world_size, is_main_process
 from dinov2_equi.distributed.setup import Launch, process_group, read_launch
+from dinov2_equi.logging.progress import TrainingProgress, training_progress
 from dinov2_equi.run.command import EXIT_DONE, EXIT_STOPPED, check_device, run_command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +37,7 @@ _KILLED_WITHIN_S = 300
 _SIZES = ("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "partition", "time")
 ARGUMENTS = ("launcher", *_SIZES, "slurm")
 """Names of what `add_arguments` adds: how a command is started, and nothing of what it finds."""
+_NOT_DESCRIBED = ("output", "set", "config", *ARGUMENTS)
 
 
 @dataclass(frozen=True)
@@ -139,6 +145,20 @@ def run_launched(
             return command(args)
 
     return run_command(launched, argparse.Namespace(), interrupted=interrupted)
+
+
+@contextlib.contextmanager
+def shown_progress(total_steps: int, *, images_per_step: int = 0) -> Iterator[TrainingProgress]:
+    """Show progress as `training_progress` does; of several processes only the first one shows it."""
+    hidden = None if is_main_process() else Console(quiet=True)
+    with training_progress(total_steps, images_per_step=images_per_step, console=hidden) as progress:
+        yield progress
+
+
+def described(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the command line as it is written to the results, and the number of processes."""
+    kept = {name: value for name, value in vars(args).items() if name not in _NOT_DESCRIBED}
+    return kept | {"num_processes": get_world_size()}
 
 
 def device_of(name: str, process: Launch) -> str:

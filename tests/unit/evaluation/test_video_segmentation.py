@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from dinov2_equi.data.datasets.base import DatasetError
 from dinov2_equi.data.datasets.video_clips import VideoClip, folder_clips, read_index_mask
+from dinov2_equi.evaluation import video_segmentation
 from dinov2_equi.evaluation.eval_model import EvalModel
 from dinov2_equi.evaluation.label_propagation import PropagationSettings
 from dinov2_equi.evaluation.mask_metrics import ClassCounts, ObjectScores, boundary_measure, region_similarity
@@ -23,6 +25,7 @@ from dinov2_equi.evaluation.video_segmentation import (
     backbone_identity,
     clip_pictures,
     measure_clip,
+    new_state,
     read_record,
     record_key,
     score_clip,
@@ -155,22 +158,73 @@ def test_a_finished_clip_is_measured_again(tmp_path: Path, model: EvalModel, cli
     assert len(model.backbone.seen) == 3 * passes  # type: ignore[arg-type]
 
 
-def test_a_clip_that_was_interrupted_counts_as_finished(
-    tmp_path: Path, model: EvalModel, clip: VideoClip, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("metric", ["j_and_f", "miou"])
+@pytest.mark.parametrize("protocol", ["dino", "cropmae"])
+@pytest.mark.parametrize("stop_after", [1, 3, 4])
+def test_a_clip_that_was_stopped_starts_anew_or_ends_otherwise(
+    tmp_path: Path, model: EvalModel, clip: VideoClip, monkeypatch: pytest.MonkeyPatch, protocol: str, metric: str,
+    stop_after: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(video_segmentation, "SAVE_EVERY", 2)
+    propagation = PropagationSettings(radius=3, context=2, protocol=protocol, temperature=0.3)
+    settings = replace(SETTINGS, propagation=propagation, metric=metric)
     done: list[int] = []
 
     def stop() -> None:
         done.append(1)
-        if len(done) == 3:
+        if len(done) == stop_after:
+            raise KeyboardInterrupt
+
+    options = {"identity": backbone_identity(model)}
+    whole = measure_clip(model, clip, settings, tmp_path / "other", **options)
+    passes = len(model.backbone.seen)  # type: ignore[arg-type]
+    with pytest.raises(KeyboardInterrupt):
+        measure_clip(model, clip, settings, tmp_path / "out", on_frame=stop, **options)
+    assert not (tmp_path / "out" / "clips").exists()
+    del model.backbone.seen[passes:]  # type: ignore[attr-defined]
+    assert measure_clip(model, clip, settings, tmp_path / "out", **options) == whole
+    for path in (tmp_path / "other" / "masks" / clip.name).iterdir():
+        np.testing.assert_array_equal(
+            read_index_mask(tmp_path / "out" / "masks" / clip.name / path.name), read_index_mask(path)
+        )
+    assert not list((tmp_path / "out" / "partial").iterdir())
+
+
+def test_a_long_clip_is_read_from_its_start_after_a_stop(
+    tmp_path: Path, model: EvalModel, clip: VideoClip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(video_segmentation, "SAVE_EVERY", 20)
+    assert clip.masks[0] is not None
+    long = VideoClip("long", clip.frames[:1] * 24, clip.masks[:1] * 24)
+    settings = replace(SETTINGS, batch_size=1, propagation=PropagationSettings(radius=1, context=2))
+    done: list[int] = []
+
+    def stop() -> None:
+        done.append(1)
+        if len(done) == 21:
             raise KeyboardInterrupt
 
     options = {"identity": backbone_identity(model)}
     with pytest.raises(KeyboardInterrupt):
-        measure_clip(model, clip, SETTINGS, tmp_path / "out", on_frame=stop, **options)
-    assert not (tmp_path / "out" / "clips").exists()
-    whole = measure_clip(model, clip, SETTINGS, tmp_path / "other", **options)
-    assert measure_clip(model, clip, SETTINGS, tmp_path / "out", **options) == whole
+        measure_clip(model, long, settings, tmp_path, on_frame=stop, **options)
+    before = len(model.backbone.seen)  # type: ignore[arg-type]
+    measure_clip(model, long, settings, tmp_path, **options)
+    assert len(model.backbone.seen) - before == 1 + 2 + 4  # type: ignore[arg-type]
+
+
+def test_memory_grows_with_the_length_of_a_clip(model: EvalModel, clip: VideoClip) -> None:
+    def alive(count: int) -> int:
+        long = VideoClip("long", clip.frames[:1] * count, clip.masks[:1] * count)
+        settings = replace(SETTINGS, batch_size=1, propagation=PropagationSettings(radius=1, context=3))
+        before = sum(type(item) is Tensor for item in gc.get_objects())
+        masks = segment_clip(model, long, settings, state=new_state(long, "j_and_f"))
+        for _ in range(count):
+            next(masks)
+        found = sum(type(item) is Tensor for item in gc.get_objects()) - before
+        masks.close()  # type: ignore[attr-defined]
+        return found
+
+    assert alive(8) == alive(16) > 0
 
 
 @pytest.mark.parametrize("metric", ["j_and_f", "miou"])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -67,6 +70,42 @@ def test_another_backbone_is_measured_on_other_pairs(tmp_path: Path, script: Mod
     numbers = results(tmp_path / "out")["numbers"]
     assert set(numbers) == {"random:vit_test_tiny/8", "pixels"}
     assert len({found["identity_corner_error"] for found in numbers.values()}) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_the_number_of_processes_changes_what_is_measured(
+    tmp_path: Path,
+    script: ModuleType,
+    folder: Path,
+    is_stopped: bool,
+    run_on_ranks: Callable[[int, Callable[[], int]], list[int]],
+) -> None:
+    arguments = [*TINY, *SMALL, "--data", str(folder), "--backbone-lr", "1e-4", "--test-pairs", "5", "--width", "16"]
+    arguments.append("--output")
+    assert script.main([*arguments, str(tmp_path / "one")]) == 0
+    library = script.fit_homography.__globals__
+
+    def stopped() -> int:
+        step = library["_step"]
+
+        def step_and_signal(*arguments: Any, **options: Any) -> float:
+            if options["step"] == 2 and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGTERM)
+            return float(step(*arguments, **options))
+
+        library["_step"] = step_and_signal
+        return int(script.main([*arguments, str(tmp_path / "two")]))
+
+    if is_stopped:
+        assert run_on_ranks(2, stopped) == [75, 75]
+        assert not (tmp_path / "two" / "results.json").exists()
+    assert run_on_ranks(2, lambda: script.main([*arguments, str(tmp_path / "two")])) == [0, 0]
+    (one,), (two,) = (results(tmp_path / name)["numbers"].values() for name in ("one", "two"))
+    assert one["num_test_pairs"] == two["num_test_pairs"] == 5
+    # Sums in another order, carried through four steps.
+    assert two["mean_corner_error"] == pytest.approx(one["mean_corner_error"], rel=1e-4)
+    assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from dinov2_equi.data.samplers import PositionSampler, RandomStream, SampleOrder, random_generator
-from dinov2_equi.data.signals import ignore_stop_signals
+from dinov2_equi.data.signals import start_worker
 from dinov2_equi.distributed.collectives import (
     all_reduce_mean,
     average_gradients_,
     largest_of_ranks,
     wait_for_all_ranks,
 )
-from dinov2_equi.distributed.env import get_rank, get_world_size, is_main_process
+from dinov2_equi.distributed.env import get_rank, get_world_size, is_main_process, share_of_batch
 from dinov2_equi.evaluation.finetune import layer_number
 from dinov2_equi.fsdp.checkpoint import CheckpointStore, flatten_optimizer, restore_optimizer_
 
@@ -218,26 +218,20 @@ def _loader(
     collate: Callable[[list[Any]], Any] | None,
 ) -> DataLoader[Any]:
     """Return the batches of this process from a step on."""
-    world_size = get_world_size()
-    if settings.batch_size % world_size:
-        raise ValueError(
-            f"batch_size={settings.batch_size} counts the images of all processes: take a multiple of {world_size}, as "
-            "many as there are"
-        )
     sampler = PositionSampler(
-        batch_size=settings.batch_size // world_size,
+        batch_size=share_of_batch(settings.batch_size),
         start_step=start,
         num_steps=settings.steps - start,
         rank=get_rank(),
-        world_size=world_size,
+        world_size=get_world_size(),
     )
     return DataLoader(
-        samples, batch_sampler=sampler, num_workers=num_workers, collate_fn=collate, worker_init_fn=_in_worker
+        samples,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate,
+        worker_init_fn=start_worker,
     )
-
-
-def _in_worker(_: int) -> None:
-    ignore_stop_signals()
 
 
 def _what_counts(settings: LoopSettings) -> dict[str, Any]:

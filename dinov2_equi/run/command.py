@@ -17,6 +17,13 @@ EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 EXIT_STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: a signal stopped the command, which is to be tried again. For SLURM's RequeueExit."""
 
+_OUT_OF_MEMORY = (
+    "error: the device has not enough memory: take smaller batches, crops or images, or another device; what is "
+    "finished is kept"
+)
+_CPU_ALLOCATOR = "DefaultCPUAllocator"
+"""In the message of PyTorch's plain RuntimeError where the memory of the machine does not suffice."""
+
 EXIT_CODES = "exit codes: 0 done, 1 a part failed, 2 something in the command or the data is wrong, 130 interrupted"
 
 
@@ -54,10 +61,14 @@ def run_command(
         for name in (getattr(args, "device", "cpu"), *getattr(args, "knn_devices", ())):
             check_device(name)
         return command(args)
-    except torch.OutOfMemoryError:
-        return _end("error: the device has not enough memory: take smaller batches or images", EXIT_USER_ERROR)
+    except (torch.OutOfMemoryError, MemoryError):
+        return _end(_OUT_OF_MEMORY, EXIT_USER_ERROR)
     except (ValueError, OSError, ImportError, CheckpointError) as error:
         return _end(f"error: {_one_line(error)}", EXIT_USER_ERROR)
+    except RuntimeError as error:
+        if _CPU_ALLOCATOR not in str(error):
+            raise
+        return _end(_OUT_OF_MEMORY, EXIT_USER_ERROR)
     except RunStopped as stopped:
         return _end(str(stopped), EXIT_INTERRUPTED if stopped.signal == signal.SIGINT else EXIT_STOPPED)
     except KeyboardInterrupt:

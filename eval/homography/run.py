@@ -23,7 +23,7 @@ if __package__ in (None, ""):  # started as a file: a clean clone needs the repo
 
 from rich.table import Table
 
-from dinov2_equi.data.datasets.base import ImageDataset
+from dinov2_equi.data.datasets.base import DatasetError, ImageDataset
 from dinov2_equi.data.datasets.make import make_train_and_val
 from dinov2_equi.distributed.collectives import largest_of_ranks
 from dinov2_equi.distributed.env import get_rank, is_main_process
@@ -49,6 +49,11 @@ from dinov2_equi.train.stopping import RunStopped, StopRequest
 
 RESULTS_FILE, FIGURE_FILE = "results.json", "pairs.png"
 IDENTITY = "nothing moved"
+SPLIT_FOLDERS = (("train", "train2017"), ("val", "val2017", "test"))
+_HELP = (
+    "Images lie in FOLDER/train/ and FOLDER/val/, nested or flat, or where --train and --test say; S-COCO is made from "
+    "those of COCO, train2017/ and val2017/ of https://cocodataset.org/#download"
+)
 _SHOWN_PAIRS = 5
 
 Numbers = dict[str, Any]
@@ -61,7 +66,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--weights", nargs="+", required=True, metavar="WEIGHTS", help=f"one or several of: {FORMS}")
     pairs, own = PairSettings(), HomographySettings()
     data = parser.add_argument_group("pairs").add_argument
-    data("--data", metavar="FOLDER", help="with train/ and val/, images in each")
+    data("--data", metavar="FOLDER", help="with train/ and val/, or COCO's train2017/ and val2017/")
     data("--train", metavar="DATA", help="images to learn from, instead of --data")
     data("--test", metavar="DATA", help="images that are measured on, others than --train")
     height, width = pairs.image_size
@@ -174,6 +179,27 @@ def measure(
     return as_numbers(result)
 
 
+def find_images(args: argparse.Namespace) -> tuple[ImageDataset, ImageDataset]:
+    """Return images to learn from and images to measure on.
+
+    Raises:
+        DatasetError: they are not there: says where they were sought, how they may lie, where to get those of S-COCO.
+    """
+    if bool(args.train) != bool(args.test) or bool(args.data) == bool(args.train):
+        raise DatasetError("give --data FOLDER alone, or both --train and --test")
+    train, test = args.train, args.test
+    if args.data:
+        root = Path(args.data).expanduser()
+        train, test = (next((str(root / n) for n in names if (root / n).is_dir()), "") for names in SPLIT_FOLDERS)
+        if not train or not test:
+            sought = " and ".join(" or ".join(str(root / name) for name in names) for names in SPLIT_FOLDERS)
+            raise DatasetError(f"looked for {sought}. {_HELP}")
+    try:
+        return make_train_and_val(None, train, test)
+    except DatasetError as error:
+        raise DatasetError(f"{error} {_HELP}") from error
+
+
 def load_all(args: argparse.Namespace) -> tuple[HomographySettings, tuple[ImageDataset, ImageDataset], list[EvalModel]]:
     """Return settings, images to learn from and to measure on, and backbones.
 
@@ -182,7 +208,7 @@ def load_all(args: argparse.Namespace) -> tuple[HomographySettings, tuple[ImageD
         OSError: for weights that cannot be read.
     """
     settings = homography_settings(args)
-    data = make_train_and_val(args.data, args.train, args.test)
+    data = find_images(args)
     models = load_eval_models(args.weights)
     for model in models:
         check_features(model, settings.features)

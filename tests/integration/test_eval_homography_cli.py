@@ -63,6 +63,19 @@ def test_homographies_are_not_measured_or_learnt_twice(
     assert "of other weights, images or settings" in capsys.readouterr().err
 
 
+def test_the_layout_of_coco_is_not_known(
+    tmp_path: Path, script: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train2017").symlink_to(folder / "train")
+    (tmp_path / "val2017").symlink_to(folder / "val")
+    train, test = script.find_images(script.get_parser().parse_args([*TINY, "--data", str(tmp_path)]))
+    assert len(train) == len(test) == 3
+    faulty = ["--train", str(tmp_path / "nowhere"), "--test", str(folder / "val"), "--output", str(tmp_path / "out")]
+    assert script.main([*TINY, *faulty]) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / "nowhere") in error and "https://cocodataset.org" in error and error.count("\n") == 1
+
+
 def test_another_backbone_is_measured_on_other_pairs(tmp_path: Path, script: ModuleType, folder: Path) -> None:
     weights = ["--weights", "random:vit_test_tiny/8", "pixels", "--seed", "5"]
     data = ["--train", str(folder / "train"), "--test", str(folder / "val")]
@@ -111,8 +124,9 @@ def test_the_number_of_processes_changes_what_is_measured(
 @pytest.mark.parametrize(
     ("faulty", "message"),
     [
-        (("--data", "no/such/folder"), "no/such/folder"),
-        (("--train", "sample_photos"), "both --train and"),
+        (("--data", "no/such/folder"), "no/such/folder/train or no/such/folder/train2017 and no/such/folder/val"),
+        (("--data", "no/such/folder"), "https://cocodataset.org"),
+        (("--train", "sample_photos"), "both --train and --test"),
         (("--weights", "no_such_file.pth"), "no_such_file.pth"),
         (("--features", "invariant"), "it has patches"),
         (("--max-shift", "7"), "quarter of the patch"),

@@ -256,6 +256,36 @@ def test_faults_of_masks_are_not_named(model: EvalModel, clip: VideoClip) -> Non
         score_clip(clip, segment_clip(model, clip, SETTINGS), "j_and_f", on_mask=lambda *_: None)
 
 
+def test_an_object_that_is_not_in_the_first_mask_is_scored_or_stops_the_clip(model: EvalModel, clip: VideoClip) -> None:
+    assert clip.masks[2] is not None
+    later = square(2)
+    later[25:30, 30:40] = 9
+    write_index_mask(clip.masks[2], later)
+    perfect = [square(t) for t in range(COUNT)]
+    objects = score_clip(clip, iter(perfect), "j_and_f", on_mask=lambda *_: None)
+    assert isinstance(objects.propagated, ObjectScores) and objects.propagated.region == {5: [1.0] * 3}
+    classes = score_clip(clip, iter(perfect), "miou", on_mask=lambda *_: None)
+    assert isinstance(classes.propagated, ClassCounts)
+    found = classes.propagated.intersection_over_union()
+    assert found[9] == 0 and found[5] == 1  # of classes every one counts that is true somewhere
+
+
+def test_grey_frames_stop_a_clip(model: EvalModel, clip: VideoClip) -> None:
+    for path in clip.frames:
+        with Image.open(path) as image:
+            image.split()[0].save(path)
+    assert agree(list(segment_clip(model, clip, SETTINGS))[3], square(3))
+
+
+def test_a_first_mask_of_another_size_than_its_frames_stops_the_clip(model: EvalModel, clip: VideoClip) -> None:
+    for t, path in enumerate(clip.masks):
+        assert path is not None
+        write_index_mask(path, square(t).repeat(2, axis=0).repeat(2, axis=1))
+    masks = segment_clip(model, clip, SETTINGS)
+    record = score_clip(clip, masks, "j_and_f", on_mask=lambda *_: None)
+    assert isinstance(record.propagated, ObjectScores) and min(record.propagated.region[5]) > 0.9
+
+
 def test_an_object_that_is_lost_between_the_patches_is_not_named(
     model: EvalModel, clip: VideoClip, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -23,3 +23,23 @@ def get_world_size() -> int:
 def is_main_process() -> bool:
     """Return whether this is rank 0, the only process that speaks and writes shared files."""
     return get_rank() == 0
+
+
+def share_of_rank(count: int) -> range:
+    """Return which of `count` things this process does: every W-th, so that all are done by one."""
+    return range(get_rank(), count, get_world_size())
+
+
+def share_of_batch(batch_size: int) -> int:
+    """Return how many images of a batch of all processes this process has.
+
+    Raises:
+        ValueError: they cannot be divided evenly.
+    """
+    world_size = get_world_size()
+    if batch_size % world_size:
+        raise ValueError(
+            f"batch_size={batch_size} counts the images of all processes: take a multiple of {world_size}, as many as "
+            "there are"
+        )
+    return batch_size // world_size

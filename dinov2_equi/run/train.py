@@ -42,6 +42,7 @@ from dinov2_equi.layers.backend import describe_backend
 from dinov2_equi.logging.setup import setup_logging
 from dinov2_equi.run import launch
 from dinov2_equi.run.allocator import keep_freed_memory
+from dinov2_equi.run.command import EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR
 from dinov2_equi.run.evaluation_hook import evaluation_hook
 from dinov2_equi.run.finish import finish_run
 from dinov2_equi.run.folder import check_run_folder, holds_run, set_aside
@@ -54,9 +55,7 @@ from dinov2_equi.train.stopping import RunStopped
 
 logger = logging.getLogger(__name__)
 
-EXIT_DONE, EXIT_NON_FINITE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
-EXIT_STOPPED = 75
-"""EX_TEMPFAIL of sysexits.h: to be tried again. For SLURM's RequeueExit."""
+EXIT_NON_FINITE = 1
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -135,7 +134,7 @@ def _submit(args: argparse.Namespace, cfg: Config) -> None:
         set_aside(output_dir)
     flags = ["--eval-only"] if args.eval_only else []
     job = launch.submit(cfg, output_dir, allocation, flags=flags)
-    print(f"job {job} was submitted; its log: {output_dir / launch.FOLDER / f'{job}_0_log.out'}")
+    print(f"job {job} was submitted; its log: {launch.log_of(output_dir, job)}")
 
 
 def _output_dir(args: argparse.Namespace, cfg: Config) -> Path:

@@ -69,13 +69,10 @@ def decode_rgb(file: Path | BinaryIO, name: str, min_short_side: int | None = No
         ) from error
 
 
-def read_tensor(path: Path, min_short_side: int | None = None) -> Tensor:
-    """Return the image of `read_rgb` as uint8 [3, H, W]; a common JPEG is decoded in half the time."""
-    return decode_tensor(path, str(path), min_short_side)
-
-
 def decode_tensor(file: Path | bytes, name: str, min_short_side: int | None = None) -> Tensor:
     """Return the image in a file, or in its bytes, as `decode_rgb` does: uint8 [3, H, W].
+
+    A common JPEG is decoded in half the time.
 
     Raises:
         UnreadableImageError: See `read_rgb`; `name` stands in the message.

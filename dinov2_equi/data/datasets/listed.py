@@ -12,11 +12,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
-from torch import Tensor
 
 from dinov2_equi.data.datasets.base import DatasetError, check_index
-from dinov2_equi.data.datasets.decode import read_rgb, read_tensor
+from dinov2_equi.data.datasets.encoded import EncodedImages
 from dinov2_equi.data.datasets.packed import PackedStrings
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -26,7 +24,7 @@ _LOOKED_FOR = 16  # paths of a list, evenly spread, of which one must exist: loo
 _SHOWN = 5
 
 
-class ListedImages:
+class ListedImages(EncodedImages):
     """Images by their paths, which are kept in one array.
 
     Args:
@@ -46,41 +44,33 @@ class ListedImages:
         classes: Sequence[str] = (),
         what: str,
     ) -> None:
-        self._paths = paths
+        self.paths = paths
         self._base = base
-        self._targets = targets
+        self.class_numbers = targets
         self._classes = list(classes)
         self._what = what
 
     def __len__(self) -> int:
         """Return the number of images."""
-        return len(self._paths)
+        return len(self.paths)
 
-    def load(self, index: int) -> Image.Image:
-        """Return image `index` as upright RGB.
+    def encoded(self, index: int) -> Path:
+        """Return the file of image `index`."""
+        return self._base / self.name(index)
 
-        Raises:
-            UnreadableImageError: The file cannot be decoded; names the file.
-        """
-        return read_rgb(self._base / self.name(index))
-
-    def load_tensor(self, index: int, min_short_side: int | None = None) -> Tensor:
-        """Return image `index` as uint8 [3, H, W]; large JPEGs are decoded at a fraction of their size.
-
-        Raises:
-            UnreadableImageError: The file cannot be decoded; names the file.
-        """
-        return read_tensor(self._base / self.name(index), min_short_side)
+    def path(self, index: int) -> str:
+        """Return the whole path of image `index`."""
+        return str(self._base / self.name(index))
 
     def name(self, index: int) -> str:
         """Return the path of image `index` as it stands in the list."""
         check_index(index, len(self), self._what)
-        return self._paths[index]
+        return self.paths[index]
 
     @property
     def targets(self) -> list[int] | None:
         """Class number of each image, or None without classes."""
-        return None if self._targets is None else self._targets.tolist()
+        return None if self.class_numbers is None else self.class_numbers.tolist()
 
     @property
     def classes(self) -> list[str]:

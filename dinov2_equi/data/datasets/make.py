@@ -11,11 +11,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
+from dinov2_equi.data.datasets.arrow_images import ArrowImages
 from dinov2_equi.data.datasets.base import DatasetError, ImageDataset
 from dinov2_equi.data.datasets.folder import ImageFolder
 from dinov2_equi.data.datasets.image_net import ImageNet
+from dinov2_equi.data.datasets.image_net_22k import ImageNet22k
 from dinov2_equi.data.datasets.inaturalist import INaturalist2018
 from dinov2_equi.data.datasets.listed import LIST_SUFFIXES, TABLE_SUFFIXES, find_images, read_list, read_table
+from dinov2_equi.data.datasets.lmdb_images import LmdbImages
 from dinov2_equi.data.datasets.mixture import Mixture
 from dinov2_equi.data.datasets.sample_photos import DEFAULT_REGIONS, SamplePhotos
 from dinov2_equi.data.datasets.small_photos import SmallPhotos
@@ -27,7 +32,7 @@ from dinov2_equi.data.datasets.torchvision_sets import TorchvisionSet
 _SEPARATOR = re.compile(r":(?=[A-Za-z_]+=)")
 VAL_FOLDERS = ("val", "validation", "test")
 MIX = "mix:"
-_MIX_USAGE = "mix:[WEIGHT*]DATASET + [WEIGHT*]DATASET + ..."
+_MIX_USAGE = "mix:WEIGHT*DATASET + WEIGHT*DATASET + ..., or mix:[{path: DATASET, weight: WEIGHT}, ...]"
 _WEIGHT = re.compile(r"([0-9.eE+-]+)\*(.*)", re.DOTALL)
 _SIZE = re.compile(r"(\d+)x(\d+)")
 
@@ -45,12 +50,14 @@ def make_dataset(spec: str) -> ImageDataset:
     """Return the data set that a string names.
 
     `sample_photos[:split=TRAIN|VAL][:regions=N]`, `small_photos[:split=TRAIN|TEST]`,
-    `synthetic[:length=N][:size=HxW][:seed=N]`, `ImageNet:split=TRAIN|VAL:root=FOLDER`,
-    `iNaturalist2018:split=TRAIN|VAL:root=FOLDER`,
+    `synthetic[:length=N][:size=HxW][:seed=N]`, `ImageNet:split=TRAIN|VAL:root=FOLDER[:extra=FOLDER]`,
+    `ImageNet22k:root=FOLDER`, `iNaturalist2018:split=TRAIN|VAL:root=FOLDER`,
     `torchvision:name=NAME:root=FOLDER[:split=train|val]`, `folder:root=FOLDER`, `list:path=FILE[:root=FOLDER]`,
-    `table:path=FILE[:column=NAME][:label=NAME][:root=FOLDER]`, `glob:pattern=PATTERN`, `tar:path=PATTERN`;
-    `mix:3*DATASET + 1*DATASET` for several with weights. Or a path alone: a folder of images, a text list, a table
-    (CSV, TSV, Parquet), a pattern with wildcards, tar shards.
+    `table:path=FILE[:column=NAME][:label=NAME][:root=FOLDER]`, `glob:pattern=PATTERN`, `tar:path=PATTERN`,
+    `lmdb:path=FOLDER`, `huggingface:path=FOLDER[:split=NAME][:column=NAME][:label=NAME]`;
+    `mix:3*DATASET + 1*DATASET`, or `mix:[{path: DATASET, weight: 3}, {path: DATASET, weight: 1}]`, for several with
+    weights. Or a path alone: a folder of images, a text list, a table (CSV, TSV, Parquet), a pattern with wildcards,
+    tar shards, a folder that `datasets` or LMDB has written.
 
     Raises:
         DatasetError: Unknown name or key, a value of the wrong kind, or the data set's own fault (folder missing,
@@ -73,7 +80,7 @@ def _of_path(path: str) -> ImageDataset:
     """Return what lies at a path; its suffix and wildcards say what it should be."""
     suffix = Path(path).suffix.lower()
     if Path(path).expanduser().is_dir():
-        return ImageFolder(path)
+        return _of_folder(Path(path).expanduser())
     if suffix == ".tar" or path.endswith((".tar.gz", ".tgz")):
         return TarShards(path)
     if _is_pattern(path):
@@ -85,24 +92,51 @@ def _of_path(path: str) -> ImageDataset:
     return ImageFolder(path)
 
 
+def _of_folder(folder: Path) -> ImageDataset:
+    """Return what lies in a folder: other programs' data sets are told by their files."""
+    if (folder / "data.mdb").is_file():
+        return LmdbImages(folder)
+    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return ArrowImages(folder)
+    return ImageFolder(folder)
+
+
 def _is_pattern(path: str) -> bool:
     return glob.has_magic(path) and not Path(path).expanduser().exists()
 
 
 def _make_mixture(spec: str) -> Mixture:
-    """Return the data sets of `mix:2*A + 1*B`; without any weight their sizes are the shares."""
+    """Return the data sets of a mixture; without any weight their sizes are the shares."""
+    text = spec.removeprefix(MIX).strip()
+    entries = _listed_parts(spec, text) if text.startswith("[") else _summed_parts(text)
     parts, weights = [], []
-    for text in re.split(r"\s\+\s", spec.removeprefix(MIX)):
-        match = _WEIGHT.fullmatch(text.strip())
-        name = match[2] if match else text.strip()
+    for name, weight in entries:
         if not name or name.startswith(MIX):
-            raise DatasetError(f"{spec!r}: expected data sets between ' + ', no mixture among them; got {text!r}")
-        if match:
-            weights.append(_number(spec, match[1]))
+            raise DatasetError(f"{spec!r}: expected data sets, no mixture among them, as in {_MIX_USAGE}; got {name!r}")
+        if weight is not None:
+            weights.append(_number(spec, weight))
         parts.append(make_dataset(name))
     if weights and len(weights) != len(parts):
         raise DatasetError(f"{spec!r}: give every data set a weight, or none; the form is {_MIX_USAGE}")
     return Mixture(parts, weights or None)
+
+
+def _summed_parts(text: str) -> list[tuple[str, str | None]]:
+    """Return (name, weight) of `2*A + 1*B`."""
+    words = [word.strip() for word in re.split(r"\s\+\s", text)]
+    matches = [_WEIGHT.fullmatch(word) for word in words]
+    return [(match[2], match[1]) if match else (word, None) for word, match in zip(words, matches, strict=True)]
+
+
+def _listed_parts(spec: str, text: str) -> list[tuple[str, str | None]]:
+    """Return (name, weight) of `[{path: A, weight: 2}, {path: B, weight: 1}]`."""
+    try:
+        entries = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise DatasetError(f"{spec!r}: the list cannot be read: {' '.join(str(error).split())}") from error
+    if not all(isinstance(entry, dict) and "path" in entry and set(entry) <= {"path", "weight"} for entry in entries):
+        raise DatasetError(f"{spec!r}: expected a list of entries {{path: DATASET, weight: NUMBER}}; got {entries!r}")
+    return [(str(entry["path"]), str(entry["weight"]) if "weight" in entry else None) for entry in entries]
 
 
 def _number(spec: str, text: str) -> float:
@@ -177,7 +211,20 @@ def _build_synthetic(values: Mapping[str, str]) -> ImageDataset:
 
 
 def _build_image_net(values: Mapping[str, str]) -> ImageDataset:
-    return ImageNet(_root("ImageNet", values), values.get("split", "TRAIN"), values.get("extra"))
+    return ImageNet(_root("ImageNet", values), values.get("split", "TRAIN"), values.get("extra") or None)
+
+
+def _build_image_net_22k(values: Mapping[str, str]) -> ImageDataset:
+    return ImageNet22k(_root("ImageNet22k", values))
+
+
+def _build_lmdb(values: Mapping[str, str]) -> ImageDataset:
+    return LmdbImages(_needed("lmdb", "path", values))
+
+
+def _build_huggingface(values: Mapping[str, str]) -> ImageDataset:
+    path = _needed("huggingface", "path", values)
+    return ArrowImages(path, values.get("split"), values.get("column"), values.get("label"))
 
 
 def _build_inaturalist(values: Mapping[str, str]) -> ImageDataset:
@@ -215,7 +262,11 @@ _FORMS = {
     "sample_photos": _Form("sample_photos[:split=TRAIN|VAL][:regions=N]", ("split", "regions"), _build_sample_photos),
     "small_photos": _Form("small_photos[:split=TRAIN|TEST]", ("split",), _build_small_photos),
     "synthetic": _Form("synthetic[:length=N][:size=HxW][:seed=N]", ("length", "size", "seed"), _build_synthetic),
-    "ImageNet": _Form("ImageNet:split=TRAIN|VAL:root=FOLDER", ("split", "root", "extra"), _build_image_net),
+    "ImageNet": _Form(
+        "ImageNet:split=TRAIN|VAL:root=FOLDER[:extra=FOLDER]", ("split", "root", "extra"), _build_image_net
+    ),
+    # DINOv2's string names a folder of index files, which are not needed.
+    "ImageNet22k": _Form("ImageNet22k:root=FOLDER", ("root", "extra"), _build_image_net_22k),
     "iNaturalist2018": _Form("iNaturalist2018:split=TRAIN|VAL:root=FOLDER", ("split", "root"), _build_inaturalist),
     "torchvision": _Form(
         "torchvision:name=CIFAR10|Food101|...:root=FOLDER[:split=train|val]",
@@ -229,6 +280,12 @@ _FORMS = {
     ),
     "glob": _Form("glob:pattern=PATTERN", ("pattern",), _build_glob),
     "tar": _Form("tar:path=PATTERN", ("path",), _build_tar),
+    "lmdb": _Form("lmdb:path=FOLDER", ("path",), _build_lmdb),
+    "huggingface": _Form(
+        "huggingface:path=FOLDER[:split=NAME][:column=NAME][:label=NAME]",
+        ("path", "split", "column", "label"),
+        _build_huggingface,
+    ),
 }
 
 

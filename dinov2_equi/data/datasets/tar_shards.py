@@ -9,13 +9,8 @@ Source: layout after WebDataset, github.com/webdataset/webdataset.
 from __future__ import annotations
 
 import glob
-import hashlib
-import io
-import json
-import logging
 import os
 import re
-import shutil
 import tarfile
 from array import array
 from collections.abc import Iterator, Sequence
@@ -24,19 +19,15 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from rich.progress import track
-from torch import Tensor
 
 from dinov2_equi.data.datasets.base import DatasetError, UnreadableImageError, check_index
-from dinov2_equi.data.datasets.decode import decode_rgb, decode_tensor
+from dinov2_equi.data.datasets.encoded import EncodedImages
 from dinov2_equi.data.datasets.listed import IMAGE_SUFFIXES
 from dinov2_equi.data.datasets.packed import PackedStrings
+from dinov2_equi.data.datasets.stored_index import Arrays, index_places, load_index, store_index
 from dinov2_equi.logging.console import get_console
 
-logger = logging.getLogger(__name__)
-
-INDEX_FOLDER = ".dinov2_equi_index"
 ENTRY = np.dtype([("offset", "<u8"), ("size", "<u4"), ("shard", "<u4")])
 """Where an image lies: 16 bytes."""
 
@@ -56,7 +47,7 @@ class _Index:
     """[n], -1 where an image has no class."""
 
 
-class TarShards:
+class TarShards(EncodedImages):
     """The images of tar shards, in the order of the shards and within them.
 
     The index lies in `.dinov2_equi_index` beside the first shard, or in the user's cache where that folder cannot be
@@ -70,10 +61,10 @@ class TarShards:
     """
 
     def __init__(self, pattern: Path | str) -> None:
-        self._shards = _find_shards(str(pattern))
-        self._index = _load_or_build(self._shards)
+        self.shards = _find_shards(str(pattern))
+        self._index = _load_or_build(self.shards)
         if not len(self._index.entries):
-            raise DatasetError(f"no image ({' '.join(IMAGE_SUFFIXES)}) in {len(self._shards)} shards of {pattern}")
+            raise DatasetError(f"no image ({' '.join(IMAGE_SUFFIXES)}) in {len(self.shards)} shards of {pattern}")
         known = np.unique(self._index.labels)
         self._has_classes = bool(known[0] != _NO_CLASS)
         self._known_labels = known if self._has_classes else known[:0]
@@ -82,26 +73,31 @@ class TarShards:
         """Return the number of images."""
         return len(self._index.entries)
 
-    def load(self, index: int) -> Image.Image:
-        """Return image `index` as upright RGB.
+    def encoded(self, index: int) -> bytes:
+        """Return the bytes of image `index`.
 
         Raises:
-            UnreadableImageError: The image cannot be decoded; names shard and file.
+            UnreadableImageError: The shard cannot be read; names it and the file in it.
         """
-        return decode_rgb(io.BytesIO(self._read(index)), self._path(index), None)
-
-    def load_tensor(self, index: int, min_short_side: int | None = None) -> Tensor:
-        """Return image `index` as uint8 [3, H, W]; large JPEGs are decoded at a fraction of their size.
-
-        Raises:
-            UnreadableImageError: The image cannot be decoded; names shard and file.
-        """
-        return decode_tensor(self._read(index), self._path(index), min_short_side)
+        check_index(index, len(self), "the shards")
+        entry = self._index.entries[index]
+        try:
+            with self.shards[int(entry["shard"])].open("rb", buffering=0) as file:
+                return os.pread(file.fileno(), int(entry["size"]), int(entry["offset"]))
+        except OSError as error:
+            path = self.path(index)
+            raise UnreadableImageError(f"cannot read {path}: {error}", path=path, reason=str(error)) from error
 
     def name(self, index: int) -> str:
         """Return the name of the shard and the path of image `index` in it."""
         check_index(index, len(self), "the shards")
-        return f"{self._shards[int(self._index.entries[index]['shard'])].name}/{self._index.names[index]}"
+        return f"{self.shards[int(self._index.entries[index]['shard'])].name}/{self._index.names[index]}"
+
+    @property
+    def shard_numbers(self) -> npt.NDArray[np.uint32]:
+        """Number of the shard of each image, [n], as they follow each other in `shards`."""
+        numbers: npt.NDArray[np.uint32] = self._index.entries["shard"]
+        return numbers
 
     @property
     def targets(self) -> list[int] | None:
@@ -116,21 +112,9 @@ class TarShards:
         """The numbers in the `.cls` files, as text."""
         return [str(label) for label in self._known_labels]
 
-    def _path(self, index: int) -> str:
-        return str(self._shards[int(self._index.entries[index]["shard"])].parent / self.name(index))
-
-    def _read(self, index: int) -> bytes:
-        """Return the bytes of an image."""
-        check_index(index, len(self), "the shards")
-        entry = self._index.entries[index]
-        try:
-            with self._shards[int(entry["shard"])].open("rb", buffering=0) as file:
-                content = os.pread(file.fileno(), int(entry["size"]), int(entry["offset"]))
-        except OSError as error:
-            raise UnreadableImageError(
-                f"cannot read {self._path(index)}: {error}", path=self._path(index), reason=str(error)
-            ) from error
-        return content
+    def path(self, index: int) -> str:
+        """Return the path of the shard of image `index`, with its own in it."""
+        return str(self.shards[int(self._index.entries[index]["shard"])].parent / self.name(index))
 
 
 def _find_shards(pattern: str) -> list[Path]:
@@ -166,57 +150,24 @@ def _expand_braces(text: str) -> Iterator[str]:
 # ----------------------------------------------------------------------------------------------------------- the index
 
 
+_ARRAYS = ("entries", "text", "ends", "labels")
+
+
 def _load_or_build(shards: Sequence[Path]) -> _Index:
     """Return the index of these shards, from the disk where it is there."""
     facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in shards]
-    name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dinov2_equi" / "index"
-    places = [shards[0].parent / INDEX_FOLDER / name, cache / name]
-    for place in places:
-        if place.is_dir():
-            try:
-                return _load(place)
-            except (OSError, ValueError) as error:
-                logger.warning("the index %s cannot be read (%s) and is written anew", place, error)
-                shutil.rmtree(place, ignore_errors=True)
-    index = _scan(shards)
-    for place in places:
-        try:
-            _save(index, place)
-            return _load(place)
-        except OSError as error:
-            logger.debug("the index cannot be written to %s: %s", place, error)
-    logger.warning("no folder for the index can be written to (%s, %s); it is made at each start", *places)
-    return index
+    places = index_places(facts, beside=shards[0].parent)
+    arrays = load_index(places, _ARRAYS, _fit_each_other)
+    if arrays is None:
+        index = _scan(shards)
+        made = (index.entries, index.names.text, index.names.ends, index.labels)
+        arrays = store_index(places, dict(zip(_ARRAYS, made, strict=True)))
+    return _Index(arrays["entries"], PackedStrings(arrays["text"], arrays["ends"]), arrays["labels"])
 
 
-def _load(place: Path) -> _Index:
-    entries, text, ends, labels = (
-        np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        for name in ("entries", "text", "ends", "labels")
-    )
-    if entries.dtype != ENTRY or not len(entries) == len(ends) == len(labels):
-        raise ValueError("its arrays do not fit each other")
-    return _Index(entries, PackedStrings(text, ends), labels)
-
-
-def _save(index: _Index, place: Path) -> None:
-    """Write the index under a temporary name and rename it: it is there whole or not at all."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    pending = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-    shutil.rmtree(pending, ignore_errors=True)
-    pending.mkdir()
-    try:
-        arrays = {"entries": index.entries, "text": index.names.text, "ends": index.names.ends, "labels": index.labels}
-        for name, values in arrays.items():
-            with (pending / f"{name}.npy").open("wb") as file:
-                np.save(file, values, allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
-        if not place.is_dir():  # another process may have been faster
-            pending.rename(place)
-    finally:
-        shutil.rmtree(pending, ignore_errors=True)
+def _fit_each_other(arrays: Arrays) -> bool:
+    entries = arrays["entries"]
+    return entries.dtype == ENTRY and len(entries) == len(arrays["ends"]) == len(arrays["labels"])
 
 
 def _scan(shards: Sequence[Path]) -> _Index:

@@ -9,9 +9,11 @@ import torch
 
 from dinov2_equi.config.derive import Derived
 from dinov2_equi.config.schema import Config
+from dinov2_equi.config.validate import is_rgb
 from dinov2_equi.data.augmentations import DataAugmentationDINO
 from dinov2_equi.data.batch import Batch
 from dinov2_equi.data.datasets.base import DatasetError, ImageDataset, UnreadableImageError
+from dinov2_equi.data.datasets.channels import ChannelFormat
 from dinov2_equi.data.datasets.holdout import hold_back
 from dinov2_equi.data.datasets.make import make_dataset
 from dinov2_equi.data.datasets.readable import ReadableImages
@@ -71,9 +73,10 @@ def build_datasets(cfg: Config) -> tuple[ImageDataset, ImageDataset | None]:
     Raises:
         DatasetError: if a path or name is wrong; says what was looked for.
     """
-    train = _make_dataset("train.dataset_path", cfg.train.dataset_path)
+    channels = channel_format(cfg)
+    train = _make_dataset("train.dataset_path", cfg.train.dataset_path, channels)
     if cfg.data.holdout_path:
-        return train, ReadableImages(_make_dataset("data.holdout_path", cfg.data.holdout_path))
+        return train, ReadableImages(_make_dataset("data.holdout_path", cfg.data.holdout_path, channels))
     if isinstance(train, SamplePhotos):
         return train, SamplePhotos(split="VAL")
     if cfg.data.holdout_fraction > 0 and len(train) > 1:
@@ -116,9 +119,15 @@ def build_probe_datasets(train: ImageDataset, holdout: ImageDataset) -> tuple[Im
     return ReadableImages(train), holdout
 
 
-def _make_dataset(key: str, spec: str) -> ImageDataset:
+def channel_format(cfg: Config) -> ChannelFormat | None:
+    """Return how images are read channel by channel; None where they are read as RGB."""
+    value_range = _pair(cfg.data.value_range) if cfg.data.value_range else None
+    return None if is_rgb(cfg) else ChannelFormat(cfg.data.in_channels, value_range)
+
+
+def _make_dataset(key: str, spec: str, channels: ChannelFormat | None) -> ImageDataset:
     try:
-        return make_dataset(spec)
+        return make_dataset(spec, channels)
     except DatasetError as error:
         raise DatasetError(f"{key}={spec}: {error}") from error
 
@@ -175,6 +184,7 @@ def _build_augmentation(cfg: Config) -> DataAugmentationDINO:
         jitter_prob=crops.color_jitter_prob,
         gray_prob=crops.gray_prob,
         solarize_prob=crops.solarize_prob,
+        is_rgb=is_rgb(cfg),
     )
 
 

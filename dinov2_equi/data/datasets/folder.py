@@ -28,17 +28,18 @@ class ImageFolder(ListedImages):
 
     Args:
         root: The folder; a leading `~` is the home folder.
+        suffixes: What the names of images end in.
 
     Raises:
         DatasetError: The folder is missing, is not a folder, or holds no image; says what was found there.
     """
 
-    def __init__(self, root: Path | str) -> None:
+    def __init__(self, root: Path | str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> None:
         self.root = Path(root).expanduser()
         _check_is_folder(self.root)
-        paths = sorted(_image_paths(self.root))
+        paths = sorted(_image_paths(self.root, suffixes))
         if not paths:
-            raise DatasetError(_describe_no_images(self.root))
+            raise DatasetError(_describe_no_images(self.root, suffixes))
         numbers, classes = _classes_of_paths(paths, self.root)
         targets = None if numbers is None else np.array(numbers, np.int32)
         super().__init__(PackedStrings.of(paths), self.root, targets=targets, classes=classes, what=str(self.root))
@@ -52,7 +53,7 @@ def _check_is_folder(root: Path) -> None:
         raise DatasetError(f"{root} is a file, not a folder. Give a folder that holds images.")
 
 
-def _image_paths(root: Path) -> Iterator[str]:
+def _image_paths(root: Path, suffixes: tuple[str, ...]) -> Iterator[str]:
     """Yield the path below `root`, with forward slashes, of every image; each real folder is entered once."""
     entered: set[str] = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
@@ -65,7 +66,7 @@ def _image_paths(root: Path) -> Iterator[str]:
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         relative = Path(folder).relative_to(root)
         for file in files:
-            if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith("."):
+            if file.lower().endswith(suffixes) and not file.startswith("."):
                 yield (relative / file).as_posix()
 
 
@@ -90,7 +91,7 @@ def _classes_of_paths(paths: list[str], root: Path) -> tuple[list[int] | None, l
     return [number[part[0]] for part in parts], classes
 
 
-def _describe_no_images(root: Path) -> str:
+def _describe_no_images(root: Path, suffixes: tuple[str, ...]) -> str:
     """Return the error message for a folder without images: what it holds, and what is expected."""
     entries = sorted(entry.name for entry in root.iterdir())
     if entries:
@@ -98,14 +99,16 @@ def _describe_no_images(root: Path) -> str:
         found = f"it holds {len(entries)} entries ({shown})"
     else:
         found = "it is empty"
-    suffixes = " ".join(IMAGE_SUFFIXES)
     lists = [name for name in entries if name.endswith((*LIST_SUFFIXES, *TABLE_SUFFIXES))]
     if any(name.endswith(".tar") for name in entries):
         advice = f"For tar shards give {root / '*.tar'}."
     elif lists:
         advice = f"If {lists[0]} lists the images, give {root / lists[0]}."
+    elif any(name.endswith(".npy") for name in entries):
+        advice = "To read arrays (.npy), set data.in_channels to their channels."
     else:
         advice = ""
+    expected = " ".join(suffixes)
     return (
-        f"no image in the folder {root} or below it: {found}. Give a folder that holds images ({suffixes}). {advice}"
+        f"no image in the folder {root} or below it: {found}. Give a folder that holds images ({expected}). {advice}"
     ).strip()

@@ -126,20 +126,24 @@ def read_table(
     return _checked(paths, file, root, targets=targets, classes=classes)
 
 
-def find_images(pattern: str) -> ListedImages:
+def find_images(pattern: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> ListedImages:
     """Return the images that match a pattern, sorted: `*`, `?`, `[a-z]`, and `**` for any depth.
+
+    Args:
+        pattern: Of paths.
+        suffixes: What the names of images end in.
 
     Raises:
         DatasetError: Nothing matches, or no image does; says what was found.
     """
     expanded = str(Path(pattern).expanduser())
     found = sorted(glob.glob(expanded, recursive=True))  # noqa: PTH207 (a Path refuses patterns from the root)
-    paths = [path for path in found if path.lower().endswith(IMAGE_SUFFIXES)]
+    paths = [path for path in found if path.lower().endswith(suffixes)]
     if not paths:
         shown = ", ".join(Path(path).name for path in found[:_SHOWN])
         matched = f"it matches {len(found)} entries, none an image ({shown})" if found else "it matches nothing"
         raise DatasetError(
-            f"no image for the pattern {pattern}: {matched}. Expected files that end in {' '.join(IMAGE_SUFFIXES)}, as "
+            f"no image for the pattern {pattern}: {matched}. Expected files that end in {' '.join(suffixes)}, as "
             f"with {pattern.rstrip('/*')}/**/*.jpg"
         )
     return ListedImages(PackedStrings.of(paths), Path(), what=pattern)

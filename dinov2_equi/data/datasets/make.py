@@ -15,11 +15,19 @@ import yaml
 
 from dinov2_equi.data.datasets.arrow_images import ArrowImages
 from dinov2_equi.data.datasets.base import DatasetError, ImageDataset
+from dinov2_equi.data.datasets.channels import ARRAY_SUFFIXES, ChannelFormat, as_channels
 from dinov2_equi.data.datasets.folder import ImageFolder
 from dinov2_equi.data.datasets.image_net import ImageNet
 from dinov2_equi.data.datasets.image_net_22k import ImageNet22k
 from dinov2_equi.data.datasets.inaturalist import INaturalist2018
-from dinov2_equi.data.datasets.listed import LIST_SUFFIXES, TABLE_SUFFIXES, find_images, read_list, read_table
+from dinov2_equi.data.datasets.listed import (
+    IMAGE_SUFFIXES,
+    LIST_SUFFIXES,
+    TABLE_SUFFIXES,
+    find_images,
+    read_list,
+    read_table,
+)
 from dinov2_equi.data.datasets.lmdb_images import LmdbImages
 from dinov2_equi.data.datasets.mixture import Mixture
 from dinov2_equi.data.datasets.sample_photos import DEFAULT_REGIONS, SamplePhotos
@@ -39,15 +47,21 @@ _SIZE = re.compile(r"(\d+)x(\d+)")
 
 @dataclass(frozen=True)
 class _Form:
-    """A kind of data set: how its string looks, its keys, and what builds it from key -> text."""
+    """A kind of data set: how its string looks, its keys, and what builds it from key -> text.
+
+    One that searches for images by their names is also told what these end in.
+    """
 
     usage: str
     keys: tuple[str, ...]
-    build: Callable[[Mapping[str, str]], ImageDataset]
+    build: Callable[..., ImageDataset]
+    searches: bool = False
 
 
-def make_dataset(spec: str) -> ImageDataset:
+def make_dataset(spec: str, channels: ChannelFormat | None = None) -> ImageDataset:
     """Return the data set that a string names.
+
+    Its images are RGB, or with `channels` read channel by channel, and `.npy` files are images too.
 
     `sample_photos[:split=TRAIN|VAL][:regions=N]`, `small_photos[:split=TRAIN|TEST]`,
     `synthetic[:length=N][:size=HxW][:seed=N]`, `ImageNet:split=TRAIN|VAL:root=FOLDER[:extra=FOLDER]`,
@@ -65,47 +79,53 @@ def make_dataset(spec: str) -> ImageDataset:
     """
     spec = spec.strip()
     if spec.startswith(MIX):
-        return _make_mixture(spec)
+        return _make_mixture(spec, channels)
+    dataset = _make_single(spec, IMAGE_SUFFIXES if channels is None else IMAGE_SUFFIXES + ARRAY_SUFFIXES)
+    return dataset if channels is None else as_channels(dataset, channels, spec)
+
+
+def _make_single(spec: str, suffixes: tuple[str, ...]) -> ImageDataset:
     name, *fields = _SEPARATOR.split(spec)
     form = _FORMS.get(name)
     if form is not None:
-        return form.build(_parse_fields(name, form, fields))
+        values = _parse_fields(name, form, fields)
+        return form.build(values, suffixes) if form.searches else form.build(values)
     # A name with a separator can only be meant as a path: the folder's own error then says what is missing.
     if "/" in name or os.sep in name or (spec and (Path(spec).expanduser().exists() or _is_pattern(spec))):
-        return _of_path(spec)
+        return _of_path(spec, suffixes)
     raise DatasetError(_describe_unknown(spec, name))
 
 
-def _of_path(path: str) -> ImageDataset:
+def _of_path(path: str, suffixes: tuple[str, ...]) -> ImageDataset:
     """Return what lies at a path; its suffix and wildcards say what it should be."""
     suffix = Path(path).suffix.lower()
     if Path(path).expanduser().is_dir():
-        return _of_folder(Path(path).expanduser())
+        return _of_folder(Path(path).expanduser(), suffixes)
     if suffix == ".tar" or path.endswith((".tar.gz", ".tgz")):
-        return TarShards(path)
+        return TarShards(path, suffixes)
     if _is_pattern(path):
-        return find_images(path)
+        return find_images(path, suffixes)
     if suffix in LIST_SUFFIXES:
         return read_list(path)
     if suffix in TABLE_SUFFIXES:
         return read_table(path)
-    return ImageFolder(path)
+    return ImageFolder(path, suffixes)
 
 
-def _of_folder(folder: Path) -> ImageDataset:
+def _of_folder(folder: Path, suffixes: tuple[str, ...]) -> ImageDataset:
     """Return what lies in a folder: other programs' data sets are told by their files."""
     if (folder / "data.mdb").is_file():
         return LmdbImages(folder)
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return ArrowImages(folder)
-    return ImageFolder(folder)
+    return ImageFolder(folder, suffixes)
 
 
 def _is_pattern(path: str) -> bool:
     return glob.has_magic(path) and not Path(path).expanduser().exists()
 
 
-def _make_mixture(spec: str) -> Mixture:
+def _make_mixture(spec: str, channels: ChannelFormat | None) -> Mixture:
     """Return the data sets of a mixture; without any weight their sizes are the shares."""
     text = spec.removeprefix(MIX).strip()
     entries = _listed_parts(spec, text) if text.startswith("[") else _summed_parts(text)
@@ -115,7 +135,7 @@ def _make_mixture(spec: str) -> Mixture:
             raise DatasetError(f"{spec!r}: expected data sets, no mixture among them, as in {_MIX_USAGE}; got {name!r}")
         if weight is not None:
             weights.append(_number(spec, weight))
-        parts.append(make_dataset(name))
+        parts.append(make_dataset(name, channels))
     if weights and len(weights) != len(parts):
         raise DatasetError(f"{spec!r}: give every data set a weight, or none; the form is {_MIX_USAGE}")
     return Mixture(parts, weights or None)
@@ -237,8 +257,8 @@ def _build_torchvision(values: Mapping[str, str]) -> ImageDataset:
     return TorchvisionSet(values["name"], _root("torchvision", values), values.get("split", "train"))
 
 
-def _build_folder(values: Mapping[str, str]) -> ImageDataset:
-    return ImageFolder(_root("folder", values))
+def _build_folder(values: Mapping[str, str], suffixes: tuple[str, ...]) -> ImageDataset:
+    return ImageFolder(_root("folder", values), suffixes)
 
 
 def _build_list(values: Mapping[str, str]) -> ImageDataset:
@@ -250,12 +270,12 @@ def _build_table(values: Mapping[str, str]) -> ImageDataset:
     return read_table(path, values.get("column", "path"), values.get("label"), values.get("root"))
 
 
-def _build_glob(values: Mapping[str, str]) -> ImageDataset:
-    return find_images(_needed("glob", "pattern", values))
+def _build_glob(values: Mapping[str, str], suffixes: tuple[str, ...]) -> ImageDataset:
+    return find_images(_needed("glob", "pattern", values), suffixes)
 
 
-def _build_tar(values: Mapping[str, str]) -> ImageDataset:
-    return TarShards(_needed("tar", "path", values))
+def _build_tar(values: Mapping[str, str], suffixes: tuple[str, ...]) -> ImageDataset:
+    return TarShards(_needed("tar", "path", values), suffixes)
 
 
 _FORMS = {
@@ -273,13 +293,13 @@ _FORMS = {
         ("name", "root", "split"),
         _build_torchvision,
     ),
-    "folder": _Form("folder:root=FOLDER", ("root",), _build_folder),
+    "folder": _Form("folder:root=FOLDER", ("root",), _build_folder, searches=True),
     "list": _Form("list:path=FILE[:root=FOLDER]", ("path", "root"), _build_list),
     "table": _Form(
         "table:path=FILE[:column=NAME][:label=NAME][:root=FOLDER]", ("path", "column", "label", "root"), _build_table
     ),
-    "glob": _Form("glob:pattern=PATTERN", ("pattern",), _build_glob),
-    "tar": _Form("tar:path=PATTERN", ("path",), _build_tar),
+    "glob": _Form("glob:pattern=PATTERN", ("pattern",), _build_glob, searches=True),
+    "tar": _Form("tar:path=PATTERN", ("path",), _build_tar, searches=True),
     "lmdb": _Form("lmdb:path=FOLDER", ("path",), _build_lmdb),
     "huggingface": _Form(
         "huggingface:path=FOLDER[:split=NAME][:column=NAME][:label=NAME]",

@@ -55,16 +55,17 @@ class TarShards(EncodedImages):
 
     Args:
         pattern: Path of one shard, or of several: with wildcards, or numbers as in `train-{000000..000146}.tar`.
+        suffixes: What the names of images end in.
 
     Raises:
         DatasetError: No shard, a compressed or damaged one, or no image in them; says what was found and what to do.
     """
 
-    def __init__(self, pattern: Path | str) -> None:
+    def __init__(self, pattern: Path | str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> None:
         self.shards = _find_shards(str(pattern))
-        self._index = _load_or_build(self.shards)
+        self._index = _load_or_build(self.shards, suffixes)
         if not len(self._index.entries):
-            raise DatasetError(f"no image ({' '.join(IMAGE_SUFFIXES)}) in {len(self.shards)} shards of {pattern}")
+            raise DatasetError(f"no image ({' '.join(suffixes)}) in {len(self.shards)} shards of {pattern}")
         known = np.unique(self._index.labels)
         self._has_classes = bool(known[0] != _NO_CLASS)
         self._known_labels = known if self._has_classes else known[:0]
@@ -153,13 +154,13 @@ def _expand_braces(text: str) -> Iterator[str]:
 _ARRAYS = ("entries", "text", "ends", "labels")
 
 
-def _load_or_build(shards: Sequence[Path]) -> _Index:
+def _load_or_build(shards: Sequence[Path], suffixes: tuple[str, ...]) -> _Index:
     """Return the index of these shards, from the disk where it is there."""
     facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in shards]
-    places = index_places(facts, beside=shards[0].parent)
+    places = index_places([suffixes, facts], beside=shards[0].parent)
     arrays = load_index(places, _ARRAYS, _fit_each_other)
     if arrays is None:
-        index = _scan(shards)
+        index = _scan(shards, suffixes)
         made = (index.entries, index.names.text, index.names.ends, index.labels)
         arrays = store_index(places, dict(zip(_ARRAYS, made, strict=True)))
     return _Index(arrays["entries"], PackedStrings(arrays["text"], arrays["ends"]), arrays["labels"])
@@ -170,13 +171,13 @@ def _fit_each_other(arrays: Arrays) -> bool:
     return entries.dtype == ENTRY and len(entries) == len(arrays["ends"]) == len(arrays["labels"])
 
 
-def _scan(shards: Sequence[Path]) -> _Index:
+def _scan(shards: Sequence[Path], suffixes: tuple[str, ...]) -> _Index:
     """Return the index of the shards, from the headers in them."""
     offsets, sizes, numbers, labels = array("Q"), array("L"), array("L"), array("l")
     names: list[str] = []
     shown = track(shards, f"Indexing {len(shards)} shards", console=get_console(), transient=True)
     for number, shard in enumerate(shown):
-        for image, label in _images_of(shard):
+        for image, label in _images_of(shard, suffixes):
             offsets.append(image.offset_data)
             sizes.append(image.size)
             numbers.append(number)
@@ -187,7 +188,7 @@ def _scan(shards: Sequence[Path]) -> _Index:
     return _Index(entries, PackedStrings.of(names), np.array(labels, np.int32))
 
 
-def _images_of(shard: Path) -> Iterator[tuple[tarfile.TarInfo, int]]:
+def _images_of(shard: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[tarfile.TarInfo, int]]:
     """Yield each image of a shard with its class.
 
     Raises:
@@ -209,7 +210,7 @@ def _images_of(shard: Path) -> Iterator[tuple[tarfile.TarInfo, int]]:
                     key, image, label = f"{folder}/{stem}", None, _NO_CLASS
                 if suffix == "cls":
                     label = _label(tar, member, shard)
-                elif image is None and name.lower().endswith(IMAGE_SUFFIXES):
+                elif image is None and name.lower().endswith(suffixes):
                     image = member
     except tarfile.TarError as error:
         raise DatasetError(f"the shard {shard} is no whole uncompressed tar file: {error}. Copy it again") from error

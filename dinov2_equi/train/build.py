@@ -21,6 +21,7 @@ from dinov2_equi.data.datasets.sample_photos import SamplePhotos
 from dinov2_equi.data.datasets.small_photos import SmallPhotos
 from dinov2_equi.data.loaders import make_train_loader
 from dinov2_equi.data.masking import MaskingGenerator
+from dinov2_equi.data.restarting_loader import RestartingLoader
 from dinov2_equi.data.source_batch import SourceBatch
 from dinov2_equi.distributed.env import get_rank, get_world_size
 from dinov2_equi.equi.families.registry import FAMILIES, MIXTURE, NEED_COLOR
@@ -134,7 +135,7 @@ def _make_dataset(key: str, spec: str, channels: ChannelFormat | None) -> ImageD
 
 def build_loader(
     cfg: Config, derived: Derived, dataset: ImageDataset, *, start_step: int, pin_memory: bool
-) -> torch.utils.data.DataLoader[Batch] | torch.utils.data.DataLoader[SourceBatch]:
+) -> RestartingLoader[Batch | SourceBatch]:
     """Return the batches of steps `start_step` to the last, for `loaders.on_device`."""
     return make_train_loader(
         dataset=dataset,
@@ -168,7 +169,8 @@ def build_preview_batch(cfg: Config, dataset: ImageDataset, count: int) -> Batch
         start_step=0,
         num_steps=1,
     )
-    batch: Batch = next(iter(loader))
+    (batch,) = loader
+    assert isinstance(batch, Batch)
     return batch
 
 

@@ -17,6 +17,8 @@ import numpy.typing as npt
 logger = logging.getLogger(__name__)
 
 INDEX_FOLDER = ".dinov2_equi_index"
+STORED_FROM = 10_000
+"""Images from which a search is worth being stored; fewer are found in well under a second."""
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 """What an index consists of, by name."""

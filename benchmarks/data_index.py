@@ -3,10 +3,10 @@
     python benchmarks/data_index.py
     python benchmarks/data_index.py --images 20000000 --output data_index.json
 
-A list of paths such as ImageNet's is written, read (which stores its index), and read again. Then a process is forked, as
-the loader forks its own, that looks up names in the order of a training. Memory is what a process has for itself
-(`Private_Dirty` in /proc); pages of the index file belong to all processes, and the system takes them back when it needs
-them. Linux only.
+A list of paths such as ImageNet's is written, read (which stores its index), and read again. Then a process is forked,
+as the loader forks its own, that looks up names in the order of a training. Memory is what a process has for itself
+(`Private_Dirty` in /proc); pages of the index file belong to all processes, and the system takes them back when it
+needs them. Linux only.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ _NPY_START = b"\x93NUMPY"
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: of more than 4 GiB
 _START_BYTES = 8
 _SLACK = 1e-3  # beyond 0 to 1: rounding of whoever has scaled the values
-_SHOWN_CHANNELS = 3
+RGB_CHANNELS = 3
 
 Values = npt.NDArray[Any]
 
@@ -114,9 +114,9 @@ def as_channels(dataset: ImageDataset, channels: ChannelFormat, spec: str) -> Ch
 
 def channels_as_rgb(images: Tensor) -> Tensor:
     """Return images [..., C, H, W] as [..., 3, H, W] for people to look at: the first three channels, or the first."""
-    if images.shape[-3] >= _SHOWN_CHANNELS:
-        return images[..., :_SHOWN_CHANNELS, :, :]
-    return images[..., :1, :, :].expand(*images.shape[:-3], _SHOWN_CHANNELS, -1, -1)
+    if images.shape[-3] >= RGB_CHANNELS:
+        return images[..., :RGB_CHANNELS, :, :]
+    return images[..., :1, :, :].expand(*images.shape[:-3], RGB_CHANNELS, -1, -1)
 
 
 def decode_channels(
@@ -205,8 +205,8 @@ def _planes(values: Values, num_channels: int) -> Values:
             f"its shape is {list(shape)}; data.in_channels={num_channels} expects [H, W, {num_channels}] or "
             f"[{num_channels}, H, W]"
         )
-    if values.size > _SHOWN_CHANNELS * MAX_PIXELS:
-        raise ValueError(f"{values.size} values are more than the {_SHOWN_CHANNELS * MAX_PIXELS:,} at most")
+    if values.size > RGB_CHANNELS * MAX_PIXELS:
+        raise ValueError(f"{values.size} values are more than the {RGB_CHANNELS * MAX_PIXELS:,} at most")
     return values
 
 

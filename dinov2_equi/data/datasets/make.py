@@ -19,6 +19,7 @@ from dinov2_equi.data.datasets.channels import ARRAY_SUFFIXES, ChannelFormat, as
 from dinov2_equi.data.datasets.folder import ImageFolder
 from dinov2_equi.data.datasets.image_net import ImageNet
 from dinov2_equi.data.datasets.image_net_22k import ImageNet22k
+from dinov2_equi.data.datasets.image_net_variants import CORRUPTED, VARIANTS, image_net_c, image_net_variant
 from dinov2_equi.data.datasets.inaturalist import INaturalist2018
 from dinov2_equi.data.datasets.listed import (
     IMAGE_SUFFIXES,
@@ -65,6 +66,7 @@ def make_dataset(spec: str, channels: ChannelFormat | None = None) -> ImageDatas
 
     `sample_photos[:split=TRAIN|VAL][:regions=N]`, `small_photos[:split=TRAIN|TEST]`,
     `synthetic[:length=N][:size=HxW][:seed=N]`, `ImageNet:split=TRAIN|VAL:root=FOLDER[:extra=FOLDER]`,
+    `ImageNetV2|A|R|Sketch:root=FOLDER`, `ImageNetC:root=FOLDER:corruption=NAME:severity=1..5`,
     `ImageNet22k:root=FOLDER`, `iNaturalist2018:split=TRAIN|VAL:root=FOLDER`,
     `torchvision:name=NAME:root=FOLDER[:split=train|val]`, `folder:root=FOLDER`, `list:path=FILE[:root=FOLDER]`,
     `table:path=FILE[:column=NAME][:label=NAME][:root=FOLDER]`, `glob:pattern=PATTERN`, `tar:path=PATTERN`,
@@ -247,6 +249,15 @@ def _build_huggingface(values: Mapping[str, str]) -> ImageDataset:
     return ArrowImages(path, values.get("split"), values.get("column"), values.get("label"))
 
 
+def _build_variant(name: str) -> Callable[[Mapping[str, str]], ImageDataset]:
+    return lambda values: image_net_variant(name, _root(name, values))
+
+
+def _build_image_net_c(values: Mapping[str, str]) -> ImageDataset:
+    severity = _integer(CORRUPTED, "severity", values, 1)
+    return image_net_c(_root(CORRUPTED, values), _needed(CORRUPTED, "corruption", values), severity)
+
+
 def _build_inaturalist(values: Mapping[str, str]) -> ImageDataset:
     return INaturalist2018(_root("iNaturalist2018", values), values.get("split", "TRAIN"))
 
@@ -287,6 +298,12 @@ _FORMS = {
     ),
     # DINOv2's string names a folder of index files, which are not needed.
     "ImageNet22k": _Form("ImageNet22k:root=FOLDER", ("root", "extra"), _build_image_net_22k),
+    **{name: _Form(f"{name}:root=FOLDER", ("root",), _build_variant(name)) for name in VARIANTS if name != CORRUPTED},
+    CORRUPTED: _Form(
+        f"{CORRUPTED}:root=FOLDER:corruption=NAME[:severity=1]",
+        ("root", "corruption", "severity"),
+        _build_image_net_c,
+    ),
     "iNaturalist2018": _Form("iNaturalist2018:split=TRAIN|VAL:root=FOLDER", ("split", "root"), _build_inaturalist),
     "torchvision": _Form(
         "torchvision:name=CIFAR10|Food101|...:root=FOLDER[:split=train|val]",

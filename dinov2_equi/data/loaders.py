@@ -18,9 +18,10 @@ from dinov2_equi.data.batch import Batch
 from dinov2_equi.data.collate import MaskRecipe, Sample, SourceSample, collate, collate_sources
 from dinov2_equi.data.crop_pixels import use_one_thread
 from dinov2_equi.data.datasets.base import ImageDataset, UnreadableImageError
+from dinov2_equi.data.datasets.blocks import blocks_of
 from dinov2_equi.data.masking import MaskingGenerator
 from dinov2_equi.data.restarting_loader import RestartingLoader
-from dinov2_equi.data.samplers import PositionSampler, RandomStream, SampleOrder, random_generator
+from dinov2_equi.data.samplers import BlockOrder, PositionSampler, RandomStream, SampleOrder, random_generator
 from dinov2_equi.data.signals import ignore_stop_signals
 from dinov2_equi.data.source_batch import SourceBatch
 
@@ -43,7 +44,10 @@ class PositionedImages:
         self.dataset = dataset
         self.augmentation = augmentation
         self.seed = seed
-        self._order = SampleOrder(len(dataset), seed)
+        blocks = blocks_of(dataset)
+        self._order: SampleOrder | BlockOrder = SampleOrder(len(dataset), seed)
+        if blocks is not None:
+            self._order = BlockOrder(blocks.lengths, blocks.buffer, seed)
 
     def load(self, position: int) -> tuple[Tensor, tuple[BadImage, ...]]:
         """Return the image at a position of the training, position >= 0 without an upper end: uint8 [3, H, W].

@@ -10,6 +10,7 @@ import enum
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -115,6 +116,66 @@ class SampleOrder:
             keys = entropy.generate_state(_NUM_ROUNDS, np.uint64).tolist()
             self._epoch, self._permutation = epoch, KeyedPermutation(self.num_samples, keys)
         return self._permutation(offset)
+
+
+class BlockOrder:
+    """The endless order of a data set that is read block by block, such as shard by shard.
+
+    In each epoch the blocks follow each other in an order of their own, `buffer` of them make a window, and the images
+    of a window are shuffled. Position p depends on (seed, p) alone: a run resumes anywhere, and only the blocks of one
+    window are in use at a time.
+
+    Args:
+        lengths: Images of each block, [n], >= 0.
+        buffer: Blocks of a window, >= 1.
+        seed: Seed of the run.
+
+    Raises:
+        ValueError: No image, or buffer < 1.
+    """
+
+    def __init__(self, lengths: npt.NDArray[np.int64], buffer: int, seed: int) -> None:
+        self.num_samples = int(lengths.sum())
+        if self.num_samples < 1 or buffer < 1:
+            raise ValueError(f"an order needs images and a buffer of 1 or more; got {self.num_samples} and {buffer}")
+        self._lengths = lengths
+        self._starts = np.cumsum(lengths) - lengths
+        self._buffer = buffer
+        self.seed = seed
+        self._epoch = -1
+        self._blocks: list[int] = []
+        self._ends = np.zeros(0, np.int64)  # of the blocks, in the order of the epoch
+        self._window = -1
+        self._permutation: KeyedPermutation | None = None
+
+    def index(self, position: int) -> int:
+        """Return the number of the image that stands at `position` >= 0."""
+        epoch, offset = divmod(position, self.num_samples)
+        if epoch != self._epoch:
+            self._start_epoch(epoch)
+        window = int(np.searchsorted(self._ends, offset, side="right")) // self._buffer
+        first = window * self._buffer
+        start = int(self._ends[first - 1]) if first else 0
+        if window != self._window or self._permutation is None:
+            end = int(self._ends[min(first + self._buffer, len(self._ends)) - 1])
+            self._window = window
+            self._permutation = KeyedPermutation(end - start, self._keys(epoch, window + 1))
+        place = start + self._permutation(offset - start)
+        number = int(np.searchsorted(self._ends, place, side="right"))
+        block = self._blocks[number]
+        return int(self._starts[block]) + place - (int(self._ends[number]) - int(self._lengths[block]))
+
+    def _start_epoch(self, epoch: int) -> None:
+        count = len(self._lengths)
+        permutation = KeyedPermutation(count, self._keys(epoch, 0))
+        self._epoch, self._window = epoch, -1
+        self._blocks = [permutation(number) for number in range(count)]
+        self._ends = np.cumsum(self._lengths[self._blocks])
+
+    def _keys(self, epoch: int, number: int) -> list[int]:
+        entropy = np.random.SeedSequence((self.seed, int(RandomStream.ORDER), epoch, number))
+        keys: list[int] = entropy.generate_state(_NUM_ROUNDS, np.uint64).tolist()
+        return keys
 
 
 class KeyedPermutation:

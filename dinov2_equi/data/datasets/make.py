@@ -31,6 +31,7 @@ from dinov2_equi.data.datasets.listed import (
 )
 from dinov2_equi.data.datasets.lmdb_images import LmdbImages
 from dinov2_equi.data.datasets.mixture import Mixture
+from dinov2_equi.data.datasets.piped_shards import DEFAULT_BUFFER, PipedShards
 from dinov2_equi.data.datasets.sample_photos import DEFAULT_REGIONS, SamplePhotos
 from dinov2_equi.data.datasets.small_photos import SmallPhotos
 from dinov2_equi.data.datasets.synthetic import SyntheticImages
@@ -41,6 +42,8 @@ from dinov2_equi.data.datasets.torchvision_sets import TorchvisionSet
 _SEPARATOR = re.compile(r":(?=[A-Za-z_]+=)")
 VAL_FOLDERS = ("val", "validation", "test")
 MIX = "mix:"
+PIPE = "pipe:"
+_PIPE_USAGE = "pipe:COMMAND[:buffer=N]"
 _MIX_USAGE = "mix:WEIGHT*DATASET + WEIGHT*DATASET + ..., or mix:[{path: DATASET, weight: WEIGHT}, ...]"
 _WEIGHT = re.compile(r"([0-9.eE+-]+)\*(.*)", re.DOTALL)
 _SIZE = re.compile(r"(\d+)x(\d+)")
@@ -69,8 +72,9 @@ def make_dataset(spec: str, channels: ChannelFormat | None = None) -> ImageDatas
     `ImageNetV2|A|R|Sketch:root=FOLDER`, `ImageNetC:root=FOLDER:corruption=NAME:severity=1..5`,
     `ImageNet22k:root=FOLDER`, `iNaturalist2018:split=TRAIN|VAL:root=FOLDER`,
     `torchvision:name=NAME:root=FOLDER[:split=train|val]`, `folder:root=FOLDER`, `list:path=FILE[:root=FOLDER]`,
-    `table:path=FILE[:column=NAME][:label=NAME][:root=FOLDER]`, `glob:pattern=PATTERN`, `tar:path=PATTERN`,
-    `lmdb:path=FOLDER`, `huggingface:path=FOLDER[:split=NAME][:column=NAME][:label=NAME]`;
+    `table:path=FILE[:column=NAME][:label=NAME][:root=FOLDER]`, `glob:pattern=PATTERN`, `tar:path=PATTERN[:buffer=N]`,
+    `pipe:COMMAND[:buffer=N]`, `lmdb:path=FOLDER`,
+    `huggingface:path=FOLDER[:split=NAME][:column=NAME][:label=NAME]`;
     `mix:3*DATASET + 1*DATASET`, or `mix:[{path: DATASET, weight: 3}, {path: DATASET, weight: 1}]`, for several with
     weights. Or a path alone: a folder of images, a text list, a table (CSV, TSV, Parquet), a pattern with wildcards,
     tar shards, a folder that `datasets` or LMDB has written.
@@ -87,6 +91,9 @@ def make_dataset(spec: str, channels: ChannelFormat | None = None) -> ImageDatas
 
 
 def _make_single(spec: str, suffixes: tuple[str, ...]) -> ImageDataset:
+    if spec.startswith(PIPE):
+        command, _, buffer = spec.removeprefix(PIPE).partition(":buffer=")
+        return PipedShards(command, _integer("pipe", "buffer", {"buffer": buffer or str(DEFAULT_BUFFER)}, 1), suffixes)
     name, *fields = _SEPARATOR.split(spec)
     form = _FORMS.get(name)
     if form is not None:
@@ -286,7 +293,8 @@ def _build_glob(values: Mapping[str, str], suffixes: tuple[str, ...]) -> ImageDa
 
 
 def _build_tar(values: Mapping[str, str], suffixes: tuple[str, ...]) -> ImageDataset:
-    return TarShards(_needed("tar", "path", values), suffixes)
+    path = _needed("tar", "path", values)
+    return TarShards(path, suffixes, _integer("tar", "buffer", values, 1) if "buffer" in values else None)
 
 
 _FORMS = {
@@ -316,7 +324,7 @@ _FORMS = {
         "table:path=FILE[:column=NAME][:label=NAME][:root=FOLDER]", ("path", "column", "label", "root"), _build_table
     ),
     "glob": _Form("glob:pattern=PATTERN", ("pattern",), _build_glob, searches=True),
-    "tar": _Form("tar:path=PATTERN", ("path",), _build_tar, searches=True),
+    "tar": _Form("tar:path=PATTERN[:buffer=N]", ("path", "buffer"), _build_tar, searches=True),
     "lmdb": _Form("lmdb:path=FOLDER", ("path",), _build_lmdb),
     "huggingface": _Form(
         "huggingface:path=FOLDER[:split=NAME][:column=NAME][:label=NAME]",
@@ -360,6 +368,7 @@ def _describe_unknown(spec: str, name: str) -> str:
     forms = "\n".join(f"  {form.usage}" for form in _FORMS.values())
     return (
         f"{spec!r} is neither a known data set nor an existing folder{_nearest(name, _FORMS)}. Known forms:\n"
-        f"{forms}\n  {_MIX_USAGE}\n  the path of a folder of images, of a list ({' '.join(LIST_SUFFIXES)}), of a table "
+        f"{forms}\n  {_PIPE_USAGE}\n  {_MIX_USAGE}\n  "
+        f"the path of a folder of images, of a list ({' '.join(LIST_SUFFIXES)}), of a table "
         f"({' '.join(TABLE_SUFFIXES)}), of tar shards, or a pattern with wildcards"
     )

@@ -16,12 +16,14 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from rich.progress import track
 
 from dinov2_equi.data.datasets.base import DatasetError, UnreadableImageError, check_index
+from dinov2_equi.data.datasets.blocks import Blocks
 from dinov2_equi.data.datasets.encoded import EncodedImages
 from dinov2_equi.data.datasets.listed import IMAGE_SUFFIXES
 from dinov2_equi.data.datasets.packed import PackedStrings
@@ -56,16 +58,25 @@ class TarShards(EncodedImages):
     Args:
         pattern: Path of one shard, or of several: with wildcards, or numbers as in `train-{000000..000146}.tar`.
         suffixes: What the names of images end in.
+        buffer: Shards that are open together: a training reads shard after shard, in random order, and shuffles the
+            images of so many. None: images in any order, whatever shard they lie in.
 
     Raises:
         DatasetError: No shard, a compressed or damaged one, or no image in them; says what was found and what to do.
     """
 
-    def __init__(self, pattern: Path | str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> None:
-        self.shards = _find_shards(str(pattern))
-        self._index = _load_or_build(self.shards, suffixes)
+    def __init__(
+        self, pattern: Path | str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES, buffer: int | None = None
+    ) -> None:
+        shards = _find_shards(str(pattern))
+        self._take_index(_load_or_build(shards, suffixes), shards, f"{len(shards)} shards of {pattern}", suffixes)
+        self.buffer = buffer
+
+    def _take_index(self, arrays: Arrays, shards: Sequence[Path], what: str, suffixes: tuple[str, ...]) -> None:
+        self.shards = list(shards)
+        self._index = _Index(arrays["entries"], PackedStrings(arrays["text"], arrays["ends"]), arrays["labels"])
         if not len(self._index.entries):
-            raise DatasetError(f"no image ({' '.join(suffixes)}) in {len(self.shards)} shards of {pattern}")
+            raise DatasetError(f"no image ({' '.join(suffixes)}) in {what}")
         known = np.unique(self._index.labels)
         self._has_classes = bool(known[0] != _NO_CLASS)
         self._known_labels = known if self._has_classes else known[:0]
@@ -83,11 +94,24 @@ class TarShards(EncodedImages):
         check_index(index, len(self), "the shards")
         entry = self._index.entries[index]
         try:
-            with self.shards[int(entry["shard"])].open("rb", buffering=0) as file:
-                return os.pread(file.fileno(), int(entry["size"]), int(entry["offset"]))
+            descriptor = self._open(int(entry["shard"]))
+            try:
+                return os.pread(descriptor, int(entry["size"]), int(entry["offset"]))
+            finally:
+                os.close(descriptor)
         except OSError as error:
             path = self.path(index)
             raise UnreadableImageError(f"cannot read {path}: {error}", path=path, reason=str(error)) from error
+
+    def _open(self, shard: int) -> int:
+        """Return an open file descriptor of a shard."""
+        return os.open(self.shards[shard], os.O_RDONLY)
+
+    def blocks(self) -> Blocks | None:
+        """Return the shards as blocks that a training takes one after the other; None: images in any order."""
+        if self.buffer is None:
+            return None
+        return Blocks(np.bincount(self.shard_numbers, minlength=len(self.shards)), self.buffer)
 
     def name(self, index: int) -> str:
         """Return the name of the shard and the path of image `index` in it."""
@@ -123,7 +147,7 @@ def _find_shards(pattern: str) -> list[Path]:
     expanded = os.fspath(Path(pattern).expanduser())
     if expanded.endswith(_COMPRESSED):
         raise DatasetError(f"{pattern} is compressed: its images cannot be read in any order. Unpack it to a plain tar")
-    candidates = list(_expand_braces(expanded))
+    candidates = list(expand_braces(expanded))
     found = [path for name in candidates for path in ([name] if Path(name).is_file() else _matches(name))]
     missing = [name for name in candidates if not glob.has_magic(name) and not Path(name).is_file()]
     if missing or not found:
@@ -138,54 +162,61 @@ def _matches(pattern: str) -> list[str]:
     return sorted(glob.glob(pattern))  # noqa: PTH207 (a Path refuses patterns from the root)
 
 
-def _expand_braces(text: str) -> Iterator[str]:
+def expand_braces(text: str) -> Iterator[str]:
     """Yield the text with each {first..last} replaced by every number, as wide as the first."""
     match = _BRACES.search(text)
     if match is None:
         yield text
         return
     for number in range(int(match[1]), int(match[2]) + 1):
-        yield from _expand_braces(f"{text[: match.start()]}{number:0{len(match[1])}d}{text[match.end() :]}")
+        yield from expand_braces(f"{text[: match.start()]}{number:0{len(match[1])}d}{text[match.end() :]}")
 
 
 # ----------------------------------------------------------------------------------------------------------- the index
 
 
-_ARRAYS = ("entries", "text", "ends", "labels")
+INDEX_ARRAYS = ("entries", "text", "ends", "labels")
 
 
-def _load_or_build(shards: Sequence[Path], suffixes: tuple[str, ...]) -> _Index:
+def _load_or_build(shards: Sequence[Path], suffixes: tuple[str, ...]) -> Arrays:
     """Return the index of these shards, from the disk where it is there."""
     facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in shards]
     places = index_places([suffixes, facts], beside=shards[0].parent)
-    arrays = load_index(places, _ARRAYS, _fit_each_other)
-    if arrays is None:
-        index = _scan(shards, suffixes)
-        made = (index.entries, index.names.text, index.names.ends, index.labels)
-        arrays = store_index(places, dict(zip(_ARRAYS, made, strict=True)))
-    return _Index(arrays["entries"], PackedStrings(arrays["text"], arrays["ends"]), arrays["labels"])
+    return load_index(places, INDEX_ARRAYS, fit_each_other) or store_index(places, _scan(shards, suffixes))
 
 
-def _fit_each_other(arrays: Arrays) -> bool:
+def fit_each_other(arrays: Arrays) -> bool:
+    """Return whether the arrays of an index belong together."""
     entries = arrays["entries"]
     return entries.dtype == ENTRY and len(entries) == len(arrays["ends"]) == len(arrays["labels"])
 
 
-def _scan(shards: Sequence[Path], suffixes: tuple[str, ...]) -> _Index:
+def _scan(shards: Sequence[Path], suffixes: tuple[str, ...]) -> Arrays:
     """Return the index of the shards, from the headers in them."""
-    offsets, sizes, numbers, labels = array("Q"), array("L"), array("L"), array("l")
-    names: list[str] = []
     shown = track(shards, f"Indexing {len(shards)} shards", console=get_console(), transient=True)
-    for number, shard in enumerate(shown):
-        for image, label in _images_of(shard, suffixes):
-            offsets.append(image.offset_data)
-            sizes.append(image.size)
-            numbers.append(number)
-            labels.append(label)
-            names.append(image.name)
+    return join_scans([scan_shard(number, shard, suffixes) for number, shard in enumerate(shown)])
+
+
+def scan_shard(number: int, shard: Path, suffixes: tuple[str, ...]) -> Arrays:
+    """Return the index of shard `number` alone, from the headers in the file."""
+    offsets, sizes, labels = array("Q"), array("L"), array("l")
+    names: list[str] = []
+    for image, label in _images_of(shard, suffixes):
+        offsets.append(image.offset_data)
+        sizes.append(image.size)
+        labels.append(label)
+        names.append(image.name)
     entries = np.empty(len(offsets), ENTRY)
-    entries["offset"], entries["size"], entries["shard"] = offsets, sizes, numbers
-    return _Index(entries, PackedStrings.of(names), np.array(labels, np.int32))
+    entries["offset"], entries["size"], entries["shard"] = offsets, sizes, number
+    packed = PackedStrings.of(names)
+    return {"entries": entries, "text": packed.text, "ends": packed.ends, "labels": np.array(labels, np.int32)}
+
+
+def join_scans(parts: Sequence[Arrays]) -> dict[str, npt.NDArray[Any]]:
+    """Return the index of several shards, in their order."""
+    lengths = np.concatenate([np.diff(part["ends"], prepend=0) for part in parts])
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in ("entries", "text", "labels")}
+    return {**joined, "ends": np.cumsum(lengths, dtype=np.int64)}
 
 
 def _images_of(shard: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[tarfile.TarInfo, int]]:

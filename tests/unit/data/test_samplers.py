@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dinov2_equi.data.samplers import (
+    BlockOrder,
     KeyedPermutation,
     PositionSampler,
     RandomStream,
@@ -80,6 +81,38 @@ def test_an_order_of_100_million_images_takes_time_or_memory_to_start() -> None:
     tracemalloc.stop()
     assert len(set(images)) == 4 and max(images) < 100_000_000
     assert seconds < 0.1 and peak < 100_000  # some 0.2 ms on an idle core, traced
+
+
+LENGTHS = np.array([5, 0, 3, 7, 1, 4, 6, 2])
+
+
+def test_an_epoch_by_blocks_holds_every_image_once_and_few_blocks_at_a_time() -> None:
+    order, buffer, total = BlockOrder(LENGTHS, 3, seed=2), 3, int(LENGTHS.sum())
+    ends = np.cumsum(LENGTHS)
+    epochs = [[order.index(total * epoch + offset) for offset in range(total)] for epoch in range(3)]
+    for images in epochs:
+        assert sorted(images) == list(range(total))
+        blocks = [int(np.searchsorted(ends, image, side="right")) for image in images]
+        last = {block: place for place, block in enumerate(blocks)}
+        first = {block: blocks.index(block) for block in last}
+        in_use = [sum(first[block] <= place <= last[block] for block in last) for place in range(total)]
+        assert max(in_use) <= buffer
+        assert any(blocks[place] != blocks[place + 1] != blocks[place + 2] for place in range(total - 2))  # shuffled
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_position_alone_decides_by_blocks_too() -> None:
+    expected = [BlockOrder(LENGTHS, 2, seed=4).index(position) for position in range(120)]
+    anywhere = BlockOrder(LENGTHS, 2, seed=4)
+    for position in np.random.default_rng(0).integers(0, 120, 300):
+        assert anywhere.index(int(position)) == expected[position]
+    assert expected != [BlockOrder(LENGTHS, 2, seed=5).index(position) for position in range(120)]
+
+
+def test_blocks_without_images_or_a_buffer_are_refused() -> None:
+    for lengths, buffer in ((np.array([0, 0]), 1), (LENGTHS, 0)):
+        with pytest.raises(ValueError, match="images and a buffer of 1 or more"):
+            BlockOrder(lengths, buffer, seed=0)
 
 
 def test_streams_are_independent_of_each_other() -> None:

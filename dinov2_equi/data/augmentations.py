@@ -250,9 +250,9 @@ def _make_crops(source: Tensor, choices: Sequence[CropParams], size: tuple[int, 
     for crop, params in zip(crops, choices, strict=True):
         resized = crop_pixels.cut_and_resize(source, params.box, size)
         if params.is_flipped:
-            resized = np.ascontiguousarray(resized[:, ::-1])
+            resized = crop_pixels.flip(resized)
         crop_pixels.write_planes(_color(resized.astype(np.float32), params), crop)
-    return crops.div_(crop_pixels.FULL)
+    return crops
 
 
 def _make_channel_crop(source: Tensor, params: CropParams, size: tuple[int, int]) -> Tensor:

@@ -6,6 +6,7 @@ Whatever is wrong with the input ends in a `ConfigError` that names file, key an
 from __future__ import annotations
 
 import io
+import json
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -151,11 +152,17 @@ def _walk(node: Mapping[Any, Any], prefix: str, source: str) -> Iterator[Setting
         if "." in str(name) or (key not in leaves and key not in sections):
             yield _unknown_key(key, value, source, prefix)
         elif key in leaves:
-            yield _check_type(key, value, source)
+            yield _check_type(key, _mixture_as_text(key, value), source)
         elif isinstance(value, dict):
             yield from _walk(value, f"{key}.", source)
         elif value is not None:  # None: a section whose entries are all commented out
             yield _section_got_value(key, value, source)
+
+
+def _mixture_as_text(key: str, value: Any) -> Any:
+    """Return `mix:[...]` for a data set written out as a mapping `mix: [{path: ..., weight: ...}, ...]`."""
+    is_mixture = key.endswith("dataset_path") and isinstance(value, dict) and set(value) == {"mix"}
+    return f"mix:{json.dumps(value['mix'], ensure_ascii=False)}" if is_mixture else value
 
 
 def _parse_override(override: str) -> Setting | Problem:

@@ -478,10 +478,19 @@ class EquiConfig:
 
 @dataclass
 class DataConfig:
-    """Normalisation, and images kept back from training."""
+    """How images are read and normalised, and which are kept back from training."""
+
+    in_channels: int = 3
+    """Channels of the images. 3: photographs, any file becomes 8-bit RGB. Another number (or `value_range`): npy, TIFF
+    and other files of that many channels, in full precision; grey, solarisation and the jitter of saturation and hue
+    are left out."""
+
+    value_range: list[float] = field(default_factory=list)
+    """Values of a file that become 0 and 1: [low, high]; what lies outside is cut off. Empty: the range of 8 or 16
+    bits. If set, images of three channels are read channel by channel too."""
 
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
-    """Mean of the red, green and blue channel of images in [0, 1]."""
+    """Mean of each channel of images in [0, 1]; `scripts/dataset_stats.py` measures it."""
 
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     """Standard deviation of the channels."""

@@ -15,7 +15,8 @@ from dinov2_equi.config.errors import ConfigError, Problem
 from dinov2_equi.config.keys import nearest
 from dinov2_equi.config.schema import Config
 
-_NUM_CHANNELS = 3
+_RGB_CHANNELS = 3
+_COLOR_FAMILY = "color"
 _MAX_SIGMA_PX, _MAX_ZOOM = 16, 4
 _MAX_CORNER_PX = 55
 """Below a quarter of 224: the four corners stay the corners of a convex shape."""
@@ -74,11 +75,6 @@ _COUNT = _at_least(1)
 _NOT_NEGATIVE = _at_least(0)
 _PROBABILITY = _fraction(with_zero=True, with_one=True)
 _BELOW_ONE = _fraction(with_zero=True, with_one=False)
-_THREE_NUMBERS = Rule("three numbers, for red, green and blue", lambda value: len(value) == _NUM_CHANNELS)
-_THREE_POSITIVE = Rule(
-    "three numbers above 0, for red, green and blue",
-    lambda value: len(value) == _NUM_CHANNELS and min(value) > 0,
-)
 
 _HEAD_RULES = ("head_n_prototypes", "head_bottleneck_dim", "head_nlayers", "head_hidden_dim")
 
@@ -157,8 +153,13 @@ RULES: Mapping[str, Rule] = {
     "equi.decoder.num_heads": _COUNT,
     "equi.decoder.mlp_ratio": _POSITIVE,
     "equi.decoder.patch_fraction": _fraction(with_zero=False, with_one=True),
-    "data.mean": _THREE_NUMBERS,
-    "data.std": _THREE_POSITIVE,
+    "data.in_channels": _COUNT,
+    "data.value_range": Rule(
+        "two numbers [low, high] with low < high, or none",
+        lambda value: not value or (len(value) == 2 and value[0] < value[1]),
+    ),
+    "data.mean": Rule("numbers, one for each channel", lambda value: len(value) > 0),
+    "data.std": Rule("numbers above 0", lambda value: len(value) > 0 and min(value) > 0),
     "data.max_bad_fraction": _PROBABILITY,
     "data.holdout_fraction": _BELOW_ONE,
     "logging.metrics_every_steps": _COUNT,
@@ -243,6 +244,7 @@ def find_problems(
     return [
         *_backbone_problems(config, arch.embed_dim, arch.num_heads),
         *_crop_problems(config),
+        *_channel_problems(config, families),
         *_schedule_problems(config),
         *_loss_problems(config),
         *_equi_problems(config, arch, families),
@@ -292,6 +294,32 @@ def _crop_problems(config: Config) -> Iterator[Problem]:
             below, above = size // patch * patch, -(-size // patch) * patch
             advice = f"{above}" if below == 0 else f"{below} or {above}"
             yield Problem(key, f"{key} must be a multiple of student.patch_size {patch}, got {size}; set {advice}")
+
+
+def is_rgb(config: Config) -> bool:
+    """Return whether images are read as photographs, not channel by channel."""
+    return config.data.in_channels == _RGB_CHANNELS and not config.data.value_range
+
+
+def _channel_problems(config: Config, families: Collection[str]) -> Iterator[Problem]:
+    count = config.data.in_channels
+    for key in ("data.mean", "data.std"):
+        value = value_at(config, key)
+        if len(value) != count:
+            wanted = "three numbers, for red, green and blue" if count == _RGB_CHANNELS else f"{count} numbers"
+            text = (
+                f"{key} must be {wanted} (data.in_channels is {count}), got {list(value)!r}; scripts/dataset_stats.py "
+                "measures them"
+            )
+            yield Problem(key, text)
+    drawn = config.equi.mixture if config.equi.family == "mixture" else [config.equi.family]
+    if _COLOR_FAMILY in drawn and not is_rgb(config):
+        others = ", ".join(name for name in families if name not in (_COLOR_FAMILY, "mixture"))
+        text = (
+            f"equi.family {config.equi.family!r} changes hue and saturation, which only photographs have: with "
+            f"data.in_channels {count} and data.value_range {list(config.data.value_range)} choose among {others}"
+        )
+        yield Problem("equi.family", text)
 
 
 def _schedule_problems(config: Config) -> Iterator[Problem]:

@@ -9,9 +9,11 @@ import torch
 
 from dinov2_equi.config.derive import Derived
 from dinov2_equi.config.schema import Config
+from dinov2_equi.config.validate import is_rgb
 from dinov2_equi.data.augmentations import DataAugmentationDINO
 from dinov2_equi.data.batch import Batch
 from dinov2_equi.data.datasets.base import DatasetError, ImageDataset, UnreadableImageError
+from dinov2_equi.data.datasets.channels import ChannelFormat
 from dinov2_equi.data.datasets.holdout import hold_back
 from dinov2_equi.data.datasets.make import make_dataset
 from dinov2_equi.data.datasets.readable import ReadableImages
@@ -19,6 +21,7 @@ from dinov2_equi.data.datasets.sample_photos import SamplePhotos
 from dinov2_equi.data.datasets.small_photos import SmallPhotos
 from dinov2_equi.data.loaders import make_train_loader
 from dinov2_equi.data.masking import MaskingGenerator
+from dinov2_equi.data.restarting_loader import RestartingLoader
 from dinov2_equi.data.source_batch import SourceBatch
 from dinov2_equi.distributed.env import get_rank, get_world_size
 from dinov2_equi.equi.families.registry import FAMILIES, MIXTURE, NEED_COLOR
@@ -71,9 +74,10 @@ def build_datasets(cfg: Config) -> tuple[ImageDataset, ImageDataset | None]:
     Raises:
         DatasetError: if a path or name is wrong; says what was looked for.
     """
-    train = _make_dataset("train.dataset_path", cfg.train.dataset_path)
+    channels = channel_format(cfg)
+    train = _make_dataset("train.dataset_path", cfg.train.dataset_path, channels)
     if cfg.data.holdout_path:
-        return train, ReadableImages(_make_dataset("data.holdout_path", cfg.data.holdout_path))
+        return train, ReadableImages(_make_dataset("data.holdout_path", cfg.data.holdout_path, channels))
     if isinstance(train, SamplePhotos):
         return train, SamplePhotos(split="VAL")
     if cfg.data.holdout_fraction > 0 and len(train) > 1:
@@ -116,16 +120,22 @@ def build_probe_datasets(train: ImageDataset, holdout: ImageDataset) -> tuple[Im
     return ReadableImages(train), holdout
 
 
-def _make_dataset(key: str, spec: str) -> ImageDataset:
+def channel_format(cfg: Config) -> ChannelFormat | None:
+    """Return how images are read channel by channel; None where they are read as RGB."""
+    value_range = _pair(cfg.data.value_range) if cfg.data.value_range else None
+    return None if is_rgb(cfg) else ChannelFormat(cfg.data.in_channels, value_range)
+
+
+def _make_dataset(key: str, spec: str, channels: ChannelFormat | None) -> ImageDataset:
     try:
-        return make_dataset(spec)
+        return make_dataset(spec, channels)
     except DatasetError as error:
         raise DatasetError(f"{key}={spec}: {error}") from error
 
 
 def build_loader(
     cfg: Config, derived: Derived, dataset: ImageDataset, *, start_step: int, pin_memory: bool
-) -> torch.utils.data.DataLoader[Batch] | torch.utils.data.DataLoader[SourceBatch]:
+) -> RestartingLoader[Batch | SourceBatch]:
     """Return the batches of steps `start_step` to the last, for `loaders.on_device`."""
     return make_train_loader(
         dataset=dataset,
@@ -159,7 +169,8 @@ def build_preview_batch(cfg: Config, dataset: ImageDataset, count: int) -> Batch
         start_step=0,
         num_steps=1,
     )
-    batch: Batch = next(iter(loader))
+    (batch,) = loader
+    assert isinstance(batch, Batch)
     return batch
 
 
@@ -175,6 +186,7 @@ def _build_augmentation(cfg: Config) -> DataAugmentationDINO:
         jitter_prob=crops.color_jitter_prob,
         gray_prob=crops.gray_prob,
         solarize_prob=crops.solarize_prob,
+        is_rgb=is_rgb(cfg),
     )
 
 

@@ -26,6 +26,7 @@ from dinov2_equi.fsdp.checkpoint import CheckpointStore
 from dinov2_equi.logging.metrics import MetricWriter
 from dinov2_equi.logging.progress import training_progress
 from dinov2_equi.train import build
+from dinov2_equi.train.bad_images_of_ranks import gather_bad_images
 from dinov2_equi.train.export import export_teacher
 from dinov2_equi.train.guard import GuardedSteps
 from dinov2_equi.train.schedules import StepValues
@@ -140,9 +141,9 @@ def _run_steps(
             progress = stack.enter_context(shown)
         stop = stack.enter_context(StopRequest().listening())
         state.model.train()
-        bad_images = BadImageLog(output_dir, cfg.data.max_bad_fraction)
+        bad_images = BadImageLog(output_dir, cfg.data.max_bad_fraction, is_writer=is_main_process())
         for batch, clock in _timed(loader):
-            bad_images.record(batch.batch_size, batch.bad_images)
+            bad_images.record(derived.effective_batch_size, gather_bad_images(batch.bad_images, device))
             values = schedules.at(state.step)
             scalars = steps.run(on_device(batch, device), values)
             facts = _step_facts(values, clock.stop(derived.effective_batch_size), device)

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from dinov2_equi.config import schema
@@ -224,6 +226,8 @@ ACTS_ONLY_WITH: dict[str, tuple[str, ...]] = {
 
 WEIGHTS_TO_START_FROM = {"student.pretrained_weights", "MODEL.WEIGHTS"}
 
+DECIDE_HOW_FILES_ARE_READ = {"data.in_channels", "data.value_range"}
+
 TEACHES_NOTHING: dict[str, str] = {
     "train.num_workers": "1",
     "train.checkpoint_every_steps": "1",
@@ -267,7 +271,8 @@ COMPARED = (
 
 
 def test_nobody_knows_what_a_new_key_does() -> None:
-    listed = {*DECIDES_WHAT_IS_LEARNED, *WEIGHTS_TO_START_FROM, *TEACHES_NOTHING, *PLACE, *ONE_WORD}
+    learn = {*DECIDES_WHAT_IS_LEARNED, *DECIDE_HOW_FILES_ARE_READ, *WEIGHTS_TO_START_FROM}
+    listed = {*learn, *TEACHES_NOTHING, *PLACE, *ONE_WORD}
     assert {key for key in leaf_types() if not without_effect(key)} == listed
 
 
@@ -322,6 +327,16 @@ def test_a_key_acts_where_it_is_said_to_do_nothing(learned_with: Callable[..., s
     )
     with pytest.raises(ConfigError, match=refused):
         learned_with(f"{refused}=true")
+
+
+def test_keys_of_how_files_are_read_change_nothing(tmp_path: Path, make_config: MakeConfig) -> None:
+    for number in range(6):
+        values = np.random.default_rng(number).integers(0, 2**16, (40, 48), np.uint16)
+        Image.fromarray(values).save(tmp_path / f"{number}.png")
+    one_channel = ("data.in_channels=1", "data.mean=[0.5]", "data.std=[0.2]")
+    runs = ((), one_channel, (*one_channel, "data.value_range=[0,4095]"))
+    hashes = {learned(make_config(f"train.dataset_path={tmp_path}", *COMPARED, *keys)) for keys in runs}
+    assert len(hashes) == 3
 
 
 def test_given_weights_change_nothing(tmp_path: Path, make_config: MakeConfig, compared: str, lean_run: Run) -> None:

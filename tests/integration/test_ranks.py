@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 
 from dinov2_equi.fsdp.checkpoint import CheckpointStore
@@ -160,3 +162,37 @@ def test_a_signal_to_one_process_stops_the_others_elsewhere(tmp_path: Path, lean
     os.kill(children[1], signal.SIGTERM)
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [75, 75]
     assert CheckpointStore(tmp_path / "checkpoints", read_only=True).latest_step() is not None
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Twelve good images and four empty files."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(16):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 48, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
+        if number % 4 == 0:
+            (folder / f"{number:02d}.png").write_bytes(b"")
+    return folder
+
+
+def test_bad_images_are_listed_twice_or_a_process_counts_its_own_alone(
+    tmp_path: Path, photos: Path, lean_run: Run
+) -> None:
+    keys = (f"train.dataset_path={photos}", "data.holdout_fraction=0", "train.OFFICIAL_EPOCH_LENGTH=3")
+    lists = []
+    for world_size in (1, 2):
+        assert run_on(world_size, lean_run, tmp_path / str(world_size), *keys) == [0] * world_size
+        lists.append((tmp_path / str(world_size) / "bad_images.jsonl").read_text().splitlines())
+    # The ranks of a step tell theirs one after the other, and images that stand in are drawn by position: the same.
+    assert lists[0] == lists[1] and len(lists[0]) == 4
+
+
+def test_too_many_bad_images_stop_one_process_and_the_others_wait_for_ever(
+    tmp_path: Path, photos: Path, lean_run: Run
+) -> None:
+    keys = (f"train.dataset_path={photos}", "data.holdout_fraction=0", "data.max_bad_fraction=0.002")
+    assert run_on(2, lean_run, tmp_path / "run", *keys) == [2, 2]
+    lines = (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()
+    assert len(lines) >= 2 and len(set(lines)) == len(lines)

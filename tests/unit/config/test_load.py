@@ -37,6 +37,13 @@ def test_last_of_two_overrides_wins(load: Load) -> None:
     assert load(None, "train.seed=1", "train.seed=5").train.seed == 5
 
 
+def test_mixture_written_out_in_a_file_is_the_string_that_names_it(load: Load) -> None:
+    config = load("train:\n  dataset_path:\n    mix:\n    - {path: a + b, weight: 3}\n    - {path: é, weight: 1}\n")
+    assert config.train.dataset_path == 'mix:[{"path": "a + b", "weight": 3}, {"path": "é", "weight": 1}]'
+    with pytest.raises(ConfigError, match=r"train\.dataset_path must be text"):
+        load("train:\n  dataset_path: {mixture: []}\n")
+
+
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "train:\n", "train:\n  # seed: 1\noptim:\n"])
 def test_empty_file_or_section_changes_nothing(load: Load, text: str) -> None:
     assert load(text) == Config()

@@ -22,6 +22,7 @@ from dinov2_equi.data.loaders import on_device
 from dinov2_equi.data.source_batch import SourceBatch
 from dinov2_equi.distributed.collectives import largest_of_ranks, wait_for_all_ranks
 from dinov2_equi.distributed.env import get_world_size, is_main_process
+from dinov2_equi.distributed.rank_group import rank_group
 from dinov2_equi.fsdp.checkpoint import CheckpointStore
 from dinov2_equi.logging.metrics import MetricWriter
 from dinov2_equi.logging.progress import training_progress
@@ -32,6 +33,7 @@ from dinov2_equi.train.schedules import StepValues
 from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
 from dinov2_equi.train.state import ResumeError, TrainState, check_same_run, seed_rank
 from dinov2_equi.train.stopping import RunStopped, StopRequest
+from dinov2_equi.train.whole import whole_model
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +65,7 @@ def train(
         on_evaluation: called every `evaluation.eval_period_iterations` steps, after the export of the teacher.
 
     Returns:
-        The finished run, its model in evaluation mode.
+        The finished run, its model in evaluation mode; on the main process with all parameters.
 
     Raises:
         ResumeError: if the folder holds another run.
@@ -71,7 +73,7 @@ def train(
         RunStopped: on a signal, once the step is finished and saved.
         TooManyBadImagesError: if more images than `data.max_bad_fraction` cannot be used.
     """
-    store = CheckpointStore(output_dir / CHECKPOINTS, keep=cfg.train.checkpoint_keep)
+    store = CheckpointStore(output_dir / CHECKPOINTS, keep=cfg.train.checkpoint_keep, ranks=rank_group())
     wait_for_all_ranks()  # the main process clears what a crash left behind
     state = _start_or_resume(cfg, derived, store, device)
     if is_main_process():
@@ -81,6 +83,7 @@ def train(
     else:
         hooks = ((cfg.logging.pictures_every_steps, on_picture), (cfg.evaluation.eval_period_iterations, on_evaluation))
         _run_steps(state, cfg, derived, store, dataset=dataset, output_dir=output_dir, hooks=hooks)
+    state.model = whole_model(state.model, device) or state.model
     if is_main_process():
         export_teacher(state.model, output_dir)  # also after a stop between the last checkpoint and this line
     state.model.eval()
@@ -93,19 +96,20 @@ def load_finished(cfg: Config, derived: Derived, *, device: torch.device, output
     Raises:
         ResumeError: if there is no checkpoint, or it is of another run.
     """
-    store = CheckpointStore(output_dir / CHECKPOINTS, read_only=True)
+    store = CheckpointStore(output_dir / CHECKPOINTS, read_only=True, ranks=rank_group())
     if store.latest_step() is None:
         raise ResumeError(f"there is no checkpoint in {store.directory}; train first, or name the run's folder")
     state = _start_or_resume(cfg, derived, store, device)
+    state.model = whole_model(state.model, device) or state.model
     state.model.eval()
     return state
 
 
 def _start_or_resume(cfg: Config, derived: Derived, store: CheckpointStore, device: torch.device) -> TrainState:
     torch.manual_seed(cfg.train.seed)
-    state = build.build_state(cfg, derived, device)
-    if store.latest_step() is None:
-        build.load_initial_weights(state.model, cfg)
+    is_new = store.latest_step() is None
+    state = build.build_state(cfg, derived, device, resumes=not is_new)
+    if is_new:
         if get_world_size() > 1:
             seed_rank(cfg.train.seed, 0)
         return state
@@ -154,8 +158,10 @@ def _run_steps(
                     writer.write(state.step - 1, scalars)
             _periodic(state, cfg, derived, store, output_dir, is_sound=steps.is_sound)
             for period, hook in hooks:
-                if hook is not None and writer is not None and _due(state.step, period):
-                    hook(state.model, state.step, writer)
+                if hook is not None and _due(state.step, period):
+                    whole = whole_model(state.model, device)
+                    if whole is not None and writer is not None:
+                        hook(whole, state.step, writer)
                     state.model.train()
             number = largest_of_ranks(stop.signal, device)
             if number and state.step < derived.total_steps:
@@ -178,8 +184,10 @@ def _periodic(
     due = is_sound and _due(state.step, derived.checkpoint_every_steps)
     if due or state.step == derived.total_steps:
         state.save(store, cfg)
-    if is_main_process() and _due(state.step, cfg.evaluation.eval_period_iterations):
-        export_teacher(state.model, exported_teacher(output_dir, state.step))
+    if _due(state.step, cfg.evaluation.eval_period_iterations):
+        whole = whole_model(state.model, torch.device("cpu"))
+        if whole is not None:
+            export_teacher(whole, exported_teacher(output_dir, state.step))
 
 
 def exported_teacher(output_dir: Path, step: int) -> Path:

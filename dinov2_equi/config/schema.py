@@ -200,6 +200,10 @@ class TrainConfig:
     checkpoint_keep: int = 3
     """Number of checkpoints kept; older ones are deleted."""
 
+    async_checkpoint: bool = False
+    """Write checkpoints while the training goes on, from a copy in the memory of the CPU: weights, teacher and moments
+    once more. The last checkpoint, and that of a signal, are always waited for."""
+
     compile: bool = False
     """Compile each block of the backbones with `torch.compile`: some minutes at the start, faster steps on a GPU. Where
     it does not work the run goes on without, and the log says why."""

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from dinov2_equi.distributed.env import is_main_process
 from dinov2_equi.distributed.rank_group import RankGroup
+from dinov2_equi.fsdp.background import BackgroundJob, CpuCopies
 from dinov2_equi.fsdp.manifest import (
     MANIFEST_NAME,
     STATE_NAME,
@@ -104,6 +105,8 @@ class CheckpointStore:
         self.keep = keep
         self.read_only = read_only
         self._ranks = ranks
+        self._job: BackgroundJob | None = None
+        self._copies = CpuCopies()
         if not read_only and is_main_process():
             self.directory.mkdir(parents=True, exist_ok=True)
             self._clear_leftovers()
@@ -121,7 +124,14 @@ class CheckpointStore:
         steps = self.steps()
         return steps[-1] if steps else None
 
-    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        *,
+        in_background: bool = False,
+    ) -> Path:
         """Write a checkpoint, remove those beyond ``keep`` and return the new directory.
 
         A checkpoint of the same step is replaced. Each rank writes its rows of sharded tensors to a file of its own,
@@ -132,21 +142,62 @@ class CheckpointStore:
             tensors: sets of tensors by file name without its ending, for example ``{"student": {...}}``; any device
                 and dtype, stored as they are.
             state: everything else, as JSON values with string keys.
+            in_background: return once the tensors are copied; a thread writes the copies. The checkpoint is there after
+                ``wait``, which also every next call of ``save`` or ``load`` begins with: one at most is on its way.
 
         Raises:
             ValueError: ``step`` is negative or a name is not a plain file name.
             TypeError: ``state`` holds something that JSON cannot.
-            CheckpointError: the checkpoint could not be written, or ``state`` is too large to be read again; earlier
-                ones are untouched.
+            CheckpointError: the checkpoint, or the one before it in the background, could not be written, or ``state``
+                is too large to be read again; earlier ones are untouched.
         """
+        self.wait()
         if self.read_only:
             raise CheckpointError(f"the store of {self.directory} was opened read-only; open it without read_only")
         _check_names(step, tensors)
         state_text = json.dumps(state, indent=1) + "\n"
         check_json_size(STATE_NAME, len(state_text.encode()))
         parts = {name: part_of_rank(values, is_main=self._is_main) for name, values in tensors.items()}
-        self._write(step, parts, state_text)
+        if in_background:
+            parts = {name: self._copied(name, part) for name, part in parts.items()}
+            self._job = BackgroundJob(lambda: self._write(step, parts, state_text))
+        else:
+            self._write(step, parts, state_text)
         return self._path(step)
+
+    def _copied(self, name: str, part: Part) -> Part:
+        return replace(part, tensors=self._copies.copy(name, part.tensors))
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a save in the background has ended in an error that nobody has been told of yet.
+
+        Ranks may learn of it at different times; where one has, all should call ``wait``.
+        """
+        return self._job is not None and self._job.has_failed
+
+    def wait(self) -> None:
+        """Return once nothing is being written in the background.
+
+        Raises:
+            CheckpointError: what was being written could not be; once, and on all ranks.
+        """
+        job, self._job = self._job, None
+        if job is not None:
+            job.wait()
+
+    @contextlib.contextmanager
+    def waiting_at_the_end(self) -> Iterator[None]:
+        """Wait for the background when the block ends, however it ends; its own error comes first."""
+        try:
+            yield
+        except BaseException:
+            try:
+                self.wait()
+            except CheckpointError as error:
+                logger.error("%s", error)
+            raise
+        self.wait()
 
     @property
     def _is_main(self) -> bool:
@@ -236,6 +287,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: there is none, the one asked for is missing or damaged, or all are damaged.
         """
+        self.wait()
         steps = self._agreed_steps()
         if step is not None:
             if step not in steps:

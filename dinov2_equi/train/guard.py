@@ -66,6 +66,7 @@ class GuardedSteps:
         logger.warning("%s. The step is skipped (%d of %d in a row)", error, self._num_in_a_row, self._limit)
         if self._num_in_a_row < self._limit:
             return
+        self._store.wait()  # all ranks see the same checkpoints then
         last = self._store.latest_step()
         if last is None or last == self._went_back_to:
             self._stop(error, batch, rng, teacher_temp)

@@ -38,6 +38,8 @@ from dinov2_equi.train.whole import whole_model
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
+SAVE_FAILED = 1000
+"""Told to the other ranks in place of a signal, all of which are smaller: a save in the background has failed."""
 
 StepHook = Callable[[SSLMetaArch, int, MetricWriter], None]
 """Called with the model, the number of finished steps, and the writer: for pictures and measurements while training."""
@@ -70,6 +72,7 @@ def train(
     Raises:
         ResumeError: if the folder holds another run.
         NonFiniteLossError: if too many steps in a row were not finite, see `GuardedSteps`.
+        CheckpointError: if a checkpoint could not be written; in the background, after one of the next steps.
         RunStopped: on a signal, once the step is finished and saved.
         TooManyBadImagesError: if more images than `data.max_bad_fraction` cannot be used.
     """
@@ -136,6 +139,7 @@ def _run_steps(
     schedules = build.build_schedules(cfg, derived)
     steps = GuardedSteps(state, cfg, store=store, device=device, output_dir=output_dir)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(store.waiting_at_the_end())
         writer = progress = None
         if is_main_process():
             kept = MetricWriter(output_dir, tensorboard=cfg.logging.tensorboard, start_step=state.step)
@@ -163,7 +167,9 @@ def _run_steps(
                     if whole is not None and writer is not None:
                         hook(whole, state.step, writer)
                     state.model.train()
-            number = largest_of_ranks(stop.signal, device)
+            number = largest_of_ranks(SAVE_FAILED if store.has_failed else stop.signal, device)
+            if number == SAVE_FAILED:
+                store.wait()  # raises on all ranks
             if number and state.step < derived.total_steps:
                 state.save(store, cfg)
                 raise RunStopped(number, state.step)
@@ -182,8 +188,9 @@ def _periodic(
     In a row of steps that are not finite no checkpoint is written but the last: the one before it is to go back to.
     """
     due = is_sound and _due(state.step, derived.checkpoint_every_steps)
-    if due or state.step == derived.total_steps:
-        state.save(store, cfg)
+    is_last = state.step == derived.total_steps
+    if due or is_last:
+        state.save(store, cfg, in_background=cfg.train.async_checkpoint and not is_last)
     if _due(state.step, cfg.evaluation.eval_period_iterations):
         whole = whole_model(state.model, torch.device("cpu"))
         if whole is not None:

@@ -61,14 +61,20 @@ class TrainState:
         """Where the model is."""
         return self.model.dino_loss.center.device
 
-    def save(self, store: CheckpointStore, cfg: Config) -> None:
-        """Write a checkpoint of this state; the sample position follows from the step. Every rank must call it."""
+    def save(self, store: CheckpointStore, cfg: Config, *, in_background: bool = False) -> None:
+        """Write a checkpoint of this state; the sample position follows from the step. Every rank must call it.
+
+        Args:
+            store: of the run.
+            cfg: its configuration.
+            in_background: copy the state and return; see `CheckpointStore.save`.
+        """
         rng = _random_states_of_all_ranks(self.device)
         optimizer_tensors, optimizer_state = flatten_optimizer(self.optimizer)
         tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors, "rng": rng}
         facts = {"config": flat_config(cfg), "seconds": self.seconds, "skipped": self.skipped}
         facts[WORLD_SIZE] = get_world_size()
-        store.save(self.step, tensors, {"optimizer": optimizer_state} | facts)
+        store.save(self.step, tensors, {"optimizer": optimizer_state} | facts, in_background=in_background)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take over weights, optimiser, random state and step of a checkpoint.

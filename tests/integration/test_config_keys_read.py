@@ -228,6 +228,7 @@ TEACHES_NOTHING: dict[str, str] = {
     "train.num_workers": "1",
     "train.checkpoint_every_steps": "1",
     "train.checkpoint_keep": "1",
+    "train.async_checkpoint": "true",
     "train.max_nonfinite_steps": "1",
     "train.activation_checkpointing": "full",
     **{

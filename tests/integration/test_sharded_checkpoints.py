@@ -270,3 +270,37 @@ def test_a_rank_that_cannot_write_leaves_half_a_checkpoint(
 
 def raise_no_space(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+# ------------------------------------------------------------------------------------------------- in the background
+
+
+def test_a_save_in_the_background_holds_later_weights(
+    saved_on: Callable[[int], Path], tmp_path: Path, cfg: Config
+) -> None:
+    def run() -> None:
+        state, store = start(cfg), store_in(tmp_path / "checkpoints")
+        for _ in range(2):
+            step(state, cfg)
+            state.save(store, cfg, in_background=True)
+        step(state, cfg)  # goes on while the second one is written
+        store.wait()
+
+    on_ranks(2, tmp_path, run)
+    for number in (1, 2):
+        expected = CheckpointStore(saved_on(2), read_only=True).load(number)
+        assert learned(CheckpointStore(tmp_path / "checkpoints", read_only=True).load(number)) == learned(expected)
+
+
+def test_one_rank_alone_learns_of_a_failed_save_in_the_background(tmp_path: Path, cfg: Config) -> None:
+    def run() -> None:
+        state, store = start(cfg), store_in(tmp_path / "checkpoints")
+        if dist.get_rank() == 1:
+            checkpoint_module.save_file = raise_no_space  # type: ignore[assignment]
+        state.save(store, cfg, in_background=True)
+        with pytest.raises(CheckpointError, match="rank 1: .*No space"):
+            store.wait()
+        assert store.latest_step() is None
+
+    on_ranks(2, tmp_path, run)
+    assert not list((tmp_path / "checkpoints").iterdir())

@@ -40,8 +40,15 @@ _INTERPOLATION = "${"  # OmegaConf's references, such as ${oc.env:HOME}
 
 WITHOUT_EFFECT: Mapping[str, str] = {
     "compute_precision.grad_scaler": "bf16 and fp32 need no loss scaling",
-    "compute_precision.teacher": "set compute_precision.autocast",
-    "compute_precision.student": "set compute_precision.autocast",
+    **{
+        f"compute_precision.{owner}.{name}.mixed_precision.buffer_dtype": "the networks have no buffers"
+        for owner in ("teacher", "student")
+        for name in ("backbone", "dino_head", "ibot_head")
+    },
+    **{
+        f"compute_precision.teacher.{name}.mixed_precision.reduce_dtype": "the teacher has no gradients"
+        for name in ("backbone", "dino_head", "ibot_head")
+    },
     "train.saveckp_freq": "set train.checkpoint_every_steps",
     "train.cache_dataset": "DINOv2 does not read it either",
     "optim.lr": "set optim.base_lr; the learning rate is derived from it and the batch size",

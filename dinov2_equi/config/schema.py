@@ -26,24 +26,29 @@ class ModelConfig:
 
 @dataclass
 class MixedPrecisionConfig:
-    """Number formats of one sharded module in DINOv2: each `fp32`, `fp16` or `bf16`."""
+    """Number formats of one sharded network: each `fp32`, `fp16` or `bf16`."""
 
     param_dtype: str = "fp16"
-    """Accepted for DINOv2's files, without effect here: see `compute_precision.autocast`."""
+    """Format in which sharded blocks and heads are gathered, where `compute_precision.autocast` comes to bf16: `bf16`
+    and `fp16` both mean bf16, which needs no loss scaling. The optimiser's copy is fp32."""
 
     reduce_dtype: str = "fp16"
-    """Accepted for DINOv2's files, without effect here."""
+    """Format in which sharded gradients are summed over the processes: `bf16`, or fp32, which `fp16` means too. The
+    teacher has none."""
 
     buffer_dtype: str = "fp32"
-    """Accepted for DINOv2's files, without effect here."""
+    """Accepted for DINOv2's files, without effect here: the networks have no buffers."""
 
 
 @dataclass
 class ModulePrecisionConfig:
-    """Sharding and number formats of one module in DINOv2."""
+    """Sharding and number formats of one network."""
 
     sharding_strategy: str = "SHARD_GRAD_OP"
-    """`NO_SHARD`, `SHARD_GRAD_OP` or `FULL_SHARD`. Accepted for DINOv2's files, without effect here."""
+    """Of several processes, where the parameters, gradients and moments of this network lie. `NO_SHARD`: whole on each.
+    `SHARD_GRAD_OP`: each has some rows, and gathers the rest from the forward to the backward pass. `FULL_SHARD`: lets
+    them go in between, for less memory. `HYBRID_SHARD` or `hybrid`: so inside a machine, with a copy on each machine.
+    Student and teacher must agree. A single process shards nothing."""
 
     mixed_precision: MixedPrecisionConfig = field(default_factory=MixedPrecisionConfig)
 
@@ -55,7 +60,7 @@ def _student_head_precision() -> ModulePrecisionConfig:
 
 @dataclass
 class TeacherPrecisionConfig:
-    """Sharding and number formats of the teacher's modules in DINOv2."""
+    """Sharding and number formats of the teacher's networks."""
 
     backbone: ModulePrecisionConfig = field(default_factory=ModulePrecisionConfig)
     dino_head: ModulePrecisionConfig = field(default_factory=ModulePrecisionConfig)
@@ -64,7 +69,7 @@ class TeacherPrecisionConfig:
 
 @dataclass
 class StudentPrecisionConfig:
-    """Sharding and number formats of the student's modules in DINOv2."""
+    """Sharding and number formats of the student's networks; decoder and expander follow its backbone, in fp32."""
 
     backbone: ModulePrecisionConfig = field(default_factory=ModulePrecisionConfig)
     dino_head: ModulePrecisionConfig = field(default_factory=_student_head_precision)
@@ -194,6 +199,10 @@ class TrainConfig:
 
     checkpoint_keep: int = 3
     """Number of checkpoints kept; older ones are deleted."""
+
+    async_checkpoint: bool = False
+    """Write checkpoints while the training goes on, from a copy in the memory of the CPU: weights, teacher and moments
+    once more. The last checkpoint, and that of a signal, are always waited for."""
 
     compile: bool = False
     """Compile each block of the backbones with `torch.compile`: some minutes at the start, faster steps on a GPU. Where

@@ -176,16 +176,22 @@ RULES: Mapping[str, Rule] = {
 }
 """What each number must satisfy by itself; null passes where the schema allows it."""
 
+_LAYOUTS: Mapping[str, str] = {
+    "NO_SHARD": "whole",
+    "SHARD_GRAD_OP": "over all processes",
+    "FULL_SHARD": "over all processes",
+    "HYBRID_SHARD": "over the processes of a machine",
+    "hybrid": "over the processes of a machine",
+}
+"""Where the rows of a parameter lie, by sharding strategy."""
+
 _MODULES = tuple(
     f"{owner}.{name}" for owner in ("teacher", "student") for name in ("backbone", "dino_head", "ibot_head")
 )
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "compute_precision.autocast": ("auto", "fp32", "bf16"),
-    **{
-        f"compute_precision.{module}.sharding_strategy": ("NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD")
-        for module in _MODULES
-    },
+    **{f"compute_precision.{module}.sharding_strategy": tuple(_LAYOUTS) for module in _MODULES},
     **{
         f"compute_precision.{module}.mixed_precision.{dtype}": ("fp32", "fp16", "bf16")
         for module in _MODULES
@@ -246,6 +252,7 @@ def find_problems(
         *_crop_problems(config),
         *_channel_problems(config, families),
         *_schedule_problems(config),
+        *_sharding_problems(config),
         *_loss_problems(config),
         *_equi_problems(config, arch, families),
     ]
@@ -333,6 +340,18 @@ def _schedule_problems(config: Config) -> Iterator[Problem]:
     if 0 < config.optim.base_lr < config.optim.min_lr:
         text = f"optim.min_lr must not exceed optim.base_lr {config.optim.base_lr}, got {config.optim.min_lr}"
         yield Problem("optim.min_lr", text)
+
+
+def _sharding_problems(config: Config) -> Iterator[Problem]:
+    for name in ("backbone", "dino_head", "ibot_head"):
+        key = f"compute_precision.teacher.{name}.sharding_strategy"
+        teacher, student = value_at(config, key), value_at(config, key.replace("teacher", "student"))
+        if _LAYOUTS[teacher] != _LAYOUTS[student]:
+            text = (
+                f"{key} {teacher} lays parameters {_LAYOUTS[teacher]}, and that of the student, {student}, "
+                f"{_LAYOUTS[student]}: the teacher is a moving average of the student, set both to the same"
+            )
+            yield Problem(key, text)
 
 
 def _loss_problems(config: Config) -> Iterator[Problem]:

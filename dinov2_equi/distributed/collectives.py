@@ -153,6 +153,14 @@ def largest_of_ranks(value: int, device: torch.device | str) -> int:
     return int(number)
 
 
+@torch.no_grad()
+def from_main_process(tensor: Tensor) -> Tensor:
+    """Give ``tensor`` the values that it has on the main process, in place, and return it; same shape on every rank."""
+    if is_distributed():
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
 def wait_for_all_ranks() -> None:
     """Return once every rank has called it."""
     if is_distributed():

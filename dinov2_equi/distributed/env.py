@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch.distributed as dist
 
 
@@ -18,6 +20,11 @@ def get_rank() -> int:
 def get_world_size() -> int:
     """Return the number of processes in the default group, 1 without a group."""
     return dist.get_world_size() if is_distributed() else 1
+
+
+def get_local_world_size() -> int:
+    """Return the number of the run's processes on this machine, as the launcher says; all of them where it does not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or get_world_size()
 
 
 def is_main_process() -> bool:

@@ -270,6 +270,20 @@ def load_exact(
             (integer, real, complex); float16 for float32 is the same kind.
     """
     own = module.state_dict()
+    check_exact(module, state, allow_missing=allow_missing, allow_unexpected=allow_unexpected)
+    # The differences that are left were allowed by name above.
+    module.load_state_dict({name: tensor for name, tensor in state.items() if name in own}, strict=False)
+
+
+def check_exact(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    allow_missing: Collection[str] = (),
+    allow_unexpected: Collection[str] = (),
+) -> None:
+    """Raise ValueError where `load_exact` would; only shapes and dtypes are looked at."""
+    own = module.state_dict()
     missing = _unmatched(own.keys() - state.keys(), allow_missing)
     unexpected = _unmatched(state.keys() - own.keys(), allow_unexpected)
     shapes = [
@@ -294,8 +308,6 @@ def load_exact(
             f"the weights do not fit {type(module).__name__}; {'; '.join(problems)}. "
             "Check the architecture, patch size, image size, ffn_layer, register tokens and block_chunks"
         )
-    # The differences that are left were allowed by name above.
-    module.load_state_dict({name: tensor for name, tensor in state.items() if name in own}, strict=False)
 
 
 def _kind(tensor: Tensor) -> tuple[bool, bool]:

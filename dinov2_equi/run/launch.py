@@ -285,6 +285,7 @@ class CommandJob:
             "WORLD_SIZE": str(job.num_tasks),
             "RANK": str(job.global_rank),
             "LOCAL_RANK": str(job.local_rank),
+            "LOCAL_WORLD_SIZE": str(job.num_tasks // job.num_nodes),
             "MASTER_ADDR": job.hostnames[0],
             "MASTER_PORT": str(_FIRST_PORT + int(job.raw_job_id) % _NUM_PORTS),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import torch
@@ -19,13 +20,13 @@ def checkpoint_activations_(model: SSLMetaArch) -> None:
     model.student["backbone"].checkpoint_blocks = True  # type: ignore[assignment]
 
 
-def compile_blocks_(model: SSLMetaArch) -> bool:
+def compile_blocks_(model: SSLMetaArch, device: torch.device) -> bool:
     """Compile the blocks of student and teacher; return whether that works here. Names of parameters stay.
 
-    One block is tried first, forward and backward: a compiler that is missing or fails must not end a training.
+    A copy of one block is tried first, forward and backward: a compiler that fails must not end a training.
     """
     student, teacher = (network["backbone"].block_list() for network in (model.student, model.teacher))  # type: ignore[operator]
-    problem = _problem_of_compiling(student[0], model.dino_loss.center.device)
+    problem = _problem_of_compiling(copy.deepcopy(student[0]).to_empty(device=device), device)
     if problem:
         logger.warning("train.compile: blocks run uncompiled, as torch.compile fails here: %s", problem)
         return False
@@ -36,7 +37,7 @@ def compile_blocks_(model: SSLMetaArch) -> bool:
 
 
 def _problem_of_compiling(block: Block, device: torch.device) -> str:
-    """Return what goes wrong when a block is compiled and run, or an empty string; the block itself stays as it is."""
+    """Return what goes wrong when a block is compiled and run, or an empty string."""
     width = block.norm1.normalized_shape[0]
     x = torch.zeros(sum(images * tokens for images, tokens in _PROBE_LAYOUT), width, device=device, requires_grad=True)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
 
@@ -31,8 +32,10 @@ from dinov2_equi.train import schedules
 from dinov2_equi.train.acceleration import checkpoint_activations_, compile_blocks_
 from dinov2_equi.train.param_groups import build_param_groups
 from dinov2_equi.train.pretrained import load_pretrained
+from dinov2_equi.train.sharding import plan_sharding
 from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
 from dinov2_equi.train.state import TrainState
+from dinov2_equi.train.whole import build_without_memory, materialize_sharded_
 
 logger = logging.getLogger(__name__)
 
@@ -195,13 +198,29 @@ def _build_mask_generator(cfg: Config) -> MaskingGenerator:
     return MaskingGenerator((side, side))
 
 
-def build_state(cfg: Config, derived: Derived, device: torch.device) -> TrainState:
-    """Return a fresh run: model with random weights on the device, AdamW with layer-wise decay."""
-    model = SSLMetaArch(cfg).to(device)
+def build_state(cfg: Config, derived: Derived, device: torch.device, *, resumes: bool = False) -> TrainState:
+    """Return a fresh run: model with its initial weights on the device, AdamW with layer-wise decay.
+
+    Every rank must call it; each then holds its rows of what `compute_precision` says is sharded.
+
+    Args:
+        cfg: the configuration.
+        derived: what follows from it.
+        device: where to compute.
+        resumes: the weights will be those of a checkpoint: none are loaded, and a sharded run draws none.
+
+    Raises:
+        ValueError: if the weights to start from do not fit; see `load_initial_weights`.
+    """
+    plan = plan_sharding(cfg, device)
+    model = build_without_memory(cfg) if plan else _with_initial_weights(cfg, resumes=resumes).to(device)
     if cfg.train.activation_checkpointing == "full":
         checkpoint_activations_(model)
     if cfg.train.compile:
-        compile_blocks_(model)
+        compile_blocks_(model, device)
+    if plan:
+        make_whole = None if resumes else functools.partial(_with_initial_weights, cfg, resumes=False)
+        materialize_sharded_(model, plan, device, make_whole)
     groups = build_param_groups(
         dict(model.trainable_modules()),
         layerwise_decay=cfg.optim.layerwise_decay,
@@ -210,6 +229,13 @@ def build_state(cfg: Config, derived: Derived, device: torch.device) -> TrainSta
     betas = (cfg.optim.adamw_beta1, cfg.optim.adamw_beta2)
     optimizer = torch.optim.AdamW(groups, lr=derived.lr, betas=betas, fused=True)
     return TrainState(model, optimizer)
+
+
+def _with_initial_weights(cfg: Config, *, resumes: bool) -> SSLMetaArch:
+    model = SSLMetaArch(cfg)
+    if not resumes:
+        load_initial_weights(model, cfg)
+    return model
 
 
 def check_weight_files(cfg: Config) -> None:

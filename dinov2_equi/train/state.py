@@ -13,11 +13,12 @@ from torch import Tensor
 
 from dinov2_equi.config.schema import Config
 from dinov2_equi.data.samplers import RandomStream, random_generator
-from dinov2_equi.distributed.collectives import gather_bytes, wait_for_all_ranks
-from dinov2_equi.distributed.env import get_rank, get_world_size, is_main_process
+from dinov2_equi.distributed.collectives import gather_bytes
+from dinov2_equi.distributed.env import get_rank, get_world_size
 from dinov2_equi.fsdp.checkpoint import Checkpoint, CheckpointStore, flatten_optimizer, restore_optimizer_
 from dinov2_equi.fsdp.manifest import CheckpointError
-from dinov2_equi.models.weights import load_exact
+from dinov2_equi.fsdp.shards import copy_saved_, layout_of
+from dinov2_equi.models.weights import check_exact
 from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
 
 logger = logging.getLogger(__name__)
@@ -60,16 +61,20 @@ class TrainState:
         """Where the model is."""
         return self.model.dino_loss.center.device
 
-    def save(self, store: CheckpointStore, cfg: Config) -> None:
-        """Write a checkpoint of this state; the sample position follows from the step. Every rank must call it."""
+    def save(self, store: CheckpointStore, cfg: Config, *, in_background: bool = False) -> None:
+        """Write a checkpoint of this state; the sample position follows from the step. Every rank must call it.
+
+        Args:
+            store: of the run.
+            cfg: its configuration.
+            in_background: copy the state and return; see `CheckpointStore.save`.
+        """
         rng = _random_states_of_all_ranks(self.device)
-        if is_main_process():
-            optimizer_tensors, optimizer_state = flatten_optimizer(self.optimizer)
-            tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors, "rng": rng}
-            facts = {"config": flat_config(cfg), "seconds": self.seconds, "skipped": self.skipped}
-            facts[WORLD_SIZE] = get_world_size()
-            store.save(self.step, tensors, {"optimizer": optimizer_state} | facts)
-        wait_for_all_ranks()  # the others may be about to read it
+        optimizer_tensors, optimizer_state = flatten_optimizer(self.optimizer)
+        tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors, "rng": rng}
+        facts = {"config": flat_config(cfg), "seconds": self.seconds, "skipped": self.skipped}
+        facts[WORLD_SIZE] = get_world_size()
+        store.save(self.step, tensors, {"optimizer": optimizer_state} | facts, in_background=in_background)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take over weights, optimiser, random state and step of a checkpoint.
@@ -79,8 +84,10 @@ class TrainState:
             CheckpointError: if it is none of a training run.
         """
         _check_contents(checkpoint)
-        _check_dtypes(self.model.state_dict(), checkpoint.tensors["model"])
-        load_exact(self.model, checkpoint.tensors["model"])
+        own, saved = self.model.state_dict(), checkpoint.tensors["model"]
+        _check_dtypes(own, layout_of(saved))
+        check_exact(self.model, layout_of(saved))
+        copy_saved_(own, saved)
         restore_optimizer_(self.optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
         _restore_random_state(checkpoint, self.model.cfg.train.seed)
         self.step = checkpoint.step

@@ -232,8 +232,23 @@ TEACHES_NOTHING: dict[str, str] = {
     "train.num_workers": "1",
     "train.checkpoint_every_steps": "1",
     "train.checkpoint_keep": "1",
+    "train.async_checkpoint": "true",
     "train.max_nonfinite_steps": "1",
     "train.activation_checkpointing": "full",
+    **{
+        f"compute_precision.{owner}.{name}.sharding_strategy": "FULL_SHARD"
+        for owner in ("teacher", "student")
+        for name in ("backbone", "dino_head", "ibot_head")
+    },
+    **{
+        f"compute_precision.{owner}.{name}.mixed_precision.param_dtype": "fp32"
+        for owner in ("teacher", "student")
+        for name in ("backbone", "dino_head", "ibot_head")
+    },
+    **{
+        f"compute_precision.student.{name}.mixed_precision.reduce_dtype": "bf16"
+        for name in ("backbone", "dino_head", "ibot_head")
+    },
     "logging.metrics_every_steps": "3",
     "logging.diagnostics_every_steps": "2",
     "logging.tensorboard": "true",
@@ -254,7 +269,7 @@ TEACHES_NOTHING: dict[str, str] = {
     "evaluation.max_images": "9",
     "evaluation.best_metric": "r2_rotation",
 }
-"""Keys that decide what a run writes, and how fast."""
+"""Keys that decide what a run writes, how fast, and how several processes share it (see `test_sharded_ranks.py`)."""
 
 PLACE = {"train.output_dir", "train.device", "train.num_threads", "train.compile"}
 """Where and by what a run is computed and lies; all but the folder may move rounding."""
@@ -284,7 +299,6 @@ def learned(cfg: Config) -> str:
     with torch.random.fork_rng():
         torch.manual_seed(cfg.train.seed)
         state = build.build_state(cfg, derived, device)
-        build.load_initial_weights(state.model, cfg)
         schedules = build.build_schedules(cfg, derived)
         state.model.train()
         for batch in build.build_loader(cfg, derived, dataset, start_step=0, pin_memory=False):

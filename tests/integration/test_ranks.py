@@ -44,6 +44,14 @@ NO_DROP = "student.drop_path_rate=0"
 EVERY_10 = "train.checkpoint_every_steps=10"
 
 
+def sharded(strategy: str) -> tuple[str, ...]:
+    """Return the words that shard student and teacher by a strategy."""
+    networks = (
+        f"{owner}.{name}" for owner in ("student", "teacher") for name in ("backbone", "dino_head", "ibot_head")
+    )
+    return tuple(f"compute_precision.{network}.sharding_strategy={strategy}" for network in networks)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -51,12 +59,12 @@ def free_port() -> int:
 
 
 def start_rank(rank: int, world_size: int, port: int, run: Callable[[], int]) -> int:
-    """Run in a forked process as a launcher would have started it; return its number."""
+    """Run in a forked process as a launcher would have started it, two on a machine; return its number."""
     child = os.fork()
     if child:
         return child
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ.update(address, WORLD_SIZE=str(world_size), RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(address, WORLD_SIZE=str(world_size), RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
     try:
         os._exit(run())
     finally:
@@ -64,8 +72,9 @@ def start_rank(rank: int, world_size: int, port: int, run: Callable[[], int]) ->
 
 
 def run_on(world_size: int, lean_run: Run, folder: Path, *words: str) -> list[int]:
-    """Train on so many processes with 8 images a step; return the exit codes."""
+    """Train on so many processes with 8 images a step, sharding what `words` say; return the exit codes."""
     batch = f"train.batch_size_per_gpu={8 // world_size}"
+    words = (*sharded("NO_SHARD"), *words)
     if world_size == 1:
         return [lean_run(folder, batch, *words)]
     port = free_port()
@@ -196,3 +205,26 @@ def test_too_many_bad_images_stop_one_process_and_the_others_wait_for_ever(
     assert run_on(2, lean_run, tmp_path / "run", *keys) == [2, 2]
     lines = (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()
     assert len(lines) >= 2 and len(set(lines)) == len(lines)
+
+
+# --------------------------------------------------------------------------------------------------------- sharded
+
+
+@pytest.mark.parametrize(
+    ("world_size", "strategy"),
+    [
+        (2, "SHARD_GRAD_OP"),
+        (2, "FULL_SHARD"),
+        (4, "hybrid"),
+        pytest.param(4, "SHARD_GRAD_OP", marks=pytest.mark.slow),
+        pytest.param(4, "FULL_SHARD", marks=pytest.mark.slow),
+    ],
+)
+def test_sharded_parameters_make_another_run(
+    world_size: int, strategy: str, single: Callable[[str], Path], tmp_path: Path, lean_run: Run
+) -> None:
+    words = (*with_centering("sinkhorn_knopp"), *sharded(strategy))
+    assert run_on(world_size, lean_run, tmp_path, *words) == [0] * world_size
+    assert_same_run(single("sinkhorn_knopp"), tmp_path)
+    names = {path.name for path in (tmp_path / "checkpoints" / "step_00000020").glob("model*")}
+    assert names == {f"model-{rank:05d}-of-{world_size:05d}.safetensors" for rank in range(world_size)}

@@ -258,8 +258,8 @@ def test_range_error_says_where_the_value_was_set(load: Load) -> None:
         "train.cache_dataset=false",
         "optim.lr=0.1",
         "compute_precision.grad_scaler=false",
-        "compute_precision.student.backbone.mixed_precision.param_dtype=fp32",
-        "compute_precision.teacher.dino_head.sharding_strategy=NO_SHARD",
+        "compute_precision.student.backbone.mixed_precision.buffer_dtype=bf16",
+        "compute_precision.teacher.dino_head.mixed_precision.reduce_dtype=fp32",
     ],
 )
 def test_key_without_effect_warns_with_its_name_and_what_to_do(

@@ -162,7 +162,13 @@ class TrainConfig:
     """Data, batch, checkpoints and device of a run."""
 
     batch_size_per_gpu: int = 64
-    """Images in the batch of one process, B."""
+    """Images that pass a network at once in one process; with `gradient_accumulation_steps` 1 all that it takes in a
+    step, B."""
+
+    gradient_accumulation_steps: int = 1
+    """Parts of `batch_size_per_gpu` images in which a process passes those of a step through the backbones, to save
+    memory. The losses see them all: as many images in other parts give the same numbers. Above 1 the student passes
+    once more in each step."""
 
     dataset_path: str = "ImageNet:split=TRAIN"
     """Data set: the path of a folder of images, of a list, a table, a pattern or tar shards, or a form such as

@@ -95,6 +95,7 @@ RULES: Mapping[str, Rule] = {
     "vicreg.expander_dim": _COUNT,
     "vicreg.expander_nlayers": _COUNT,
     "train.batch_size_per_gpu": _COUNT,
+    "train.gradient_accumulation_steps": _COUNT,
     "train.dataset_path": Rule("the name of a data set or a folder", lambda value: bool(value.strip())),
     "train.saveckp_freq": _NOT_NEGATIVE,
     "train.seed": _within(0, 2**32 - 1),
@@ -322,7 +323,8 @@ def _loss_problems(config: Config) -> Iterator[Problem]:
             "all 0, so there is nothing to train; set at least one"
         )
         yield Problem("dino.loss_weight", text)
-    if vicreg.loss_weight > 0 and config.train.batch_size_per_gpu == 1:
+    train = config.train
+    if vicreg.loss_weight > 0 and train.batch_size_per_gpu * train.gradient_accumulation_steps == 1:
         text = "train.batch_size_per_gpu must be at least 2 with VICReg, whose terms are statistics of the batch, got 1"
         yield Problem("train.batch_size_per_gpu", text)
 

@@ -25,7 +25,7 @@ def compile_blocks_(model: SSLMetaArch) -> bool:
     One block is tried first, forward and backward: a compiler that is missing or fails must not end a training.
     """
     student, teacher = (network["backbone"].block_list() for network in (model.student, model.teacher))  # type: ignore[operator]
-    problem = _problem_of_compiling(student[0], model.dino_loss.center.device)
+    problem = _problem_of_shapes(model) or _problem_of_compiling(student[0], model.dino_loss.center.device)
     if problem:
         logger.warning("train.compile: blocks run uncompiled, as torch.compile fails here: %s", problem)
         return False
@@ -33,6 +33,17 @@ def compile_blocks_(model: SSLMetaArch) -> bool:
         block.compile(dynamic=False)
     logger.info("blocks are compiled at their first steps, which takes longer than the others")
     return True
+
+
+def _problem_of_shapes(model: SSLMetaArch) -> str:
+    """Return why blocks would be compiled again at every step, or an empty string."""
+    cfg = model.cfg
+    if cfg.train.gradient_accumulation_steps > 1 and cfg.student.drop_path_rate > 0:
+        return (
+            "with gradient accumulation each micro-batch drops another number of images; set student.drop_path_rate=0 "
+            "or train.gradient_accumulation_steps=1"
+        )
+    return ""
 
 
 def _problem_of_compiling(block: Block, device: torch.device) -> str:

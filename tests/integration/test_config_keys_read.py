@@ -129,6 +129,7 @@ DECIDES_WHAT_IS_LEARNED: dict[str, tuple[str, ...]] = {
     "vicreg.expander_dim": ("16",),
     "vicreg.expander_nlayers": ("2",),
     "train.batch_size_per_gpu": ("3",),
+    "train.gradient_accumulation_steps": ("2",),
     "train.dataset_path": ("synthetic:length=32:size=96x128",),
     "train.seed": ("1",),
     "train.centering": ("sinkhorn_knopp",),

@@ -213,6 +213,10 @@ class TrainConfig:
     """Steps in a row whose loss or gradient may be NaN or infinite. Such a step is skipped; after so many the run goes
     back to the weights of its last checkpoint, or stops if it has been there already."""
 
+    watchdog_seconds: float = 1800.0
+    """Seconds that a step, a checkpoint or the wait for images may take. After more every process writes where it
+    stands to `logs/stacks.rank*.txt` and ends with exit code 124. 0: wait for ever."""
+
     device: str = "auto"
     """`cpu`, `cuda`, or `auto` for CUDA where it is available."""
 

@@ -104,6 +104,7 @@ RULES: Mapping[str, Rule] = {
     "train.checkpoint_every_steps": _NOT_NEGATIVE,
     "train.checkpoint_keep": _COUNT,
     "train.max_nonfinite_steps": _COUNT,
+    "train.watchdog_seconds": _NOT_NEGATIVE,
     "train.num_threads": _NOT_NEGATIVE,
     "student.patch_size": _COUNT,
     "student.drop_path_rate": _BELOW_ONE,

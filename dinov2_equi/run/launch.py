@@ -164,7 +164,8 @@ class TrainJob:
         """
         import submitit
 
-        from dinov2_equi.run.train import EXIT_STOPPED, main
+        from dinov2_equi.run.exit_codes import EXIT_STOPPED
+        from dinov2_equi.run.train import main
 
         job = submitit.JobEnvironment()
         os.environ |= {

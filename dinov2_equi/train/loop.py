@@ -21,7 +21,7 @@ from dinov2_equi.data.datasets.base import ImageDataset
 from dinov2_equi.data.loaders import on_device
 from dinov2_equi.data.source_batch import SourceBatch
 from dinov2_equi.distributed.collectives import largest_of_ranks, wait_for_all_ranks
-from dinov2_equi.distributed.env import get_world_size, is_main_process
+from dinov2_equi.distributed.env import get_rank, get_world_size, is_main_process
 from dinov2_equi.fsdp.checkpoint import CheckpointStore
 from dinov2_equi.logging.metrics import MetricWriter
 from dinov2_equi.logging.progress import training_progress
@@ -32,6 +32,7 @@ from dinov2_equi.train.schedules import StepValues
 from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
 from dinov2_equi.train.state import ResumeError, TrainState, check_same_run, seed_rank
 from dinov2_equi.train.stopping import RunStopped, StopRequest
+from dinov2_equi.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,10 @@ def _run_steps(
         stop = stack.enter_context(StopRequest().listening())
         state.model.train()
         bad_images = BadImageLog(output_dir, cfg.data.max_bad_fraction)
+        watchdog = stack.enter_context(Watchdog(cfg.train.watchdog_seconds, output_dir, get_rank()).watching())
+        watchdog.beat("waiting for the first images")
         for batch, clock in _timed(loader):
+            watchdog.beat(f"in step {state.step}")
             bad_images.record(batch.batch_size, batch.bad_images)
             values = schedules.at(state.step)
             scalars = steps.run(on_device(batch, device), values)
@@ -152,15 +156,24 @@ def _run_steps(
                 progress.update(state.step, scalars)
                 if _is_logged(cfg, state.step, derived.total_steps):
                     writer.write(state.step - 1, scalars)
+            watchdog.beat(f"saving after step {state.step - 1}")
             _periodic(state, cfg, derived, store, output_dir, is_sound=steps.is_sound)
-            for period, hook in hooks:
-                if hook is not None and writer is not None and _due(state.step, period):
-                    hook(state.model, state.step, writer)
-                    state.model.train()
-            number = largest_of_ranks(stop.signal, device)
+            due = [hook for period, hook in hooks if hook is not None and _due(state.step, period)]
+            with watchdog.paused() if due else contextlib.nullcontext():  # these take as long as they take
+                _call_hooks(due, state, writer)
+                number = largest_of_ranks(stop.signal, device)
             if number and state.step < derived.total_steps:
                 state.save(store, cfg)
                 raise RunStopped(number, state.step)
+            watchdog.beat(f"waiting for the images of step {state.step}")
+
+
+def _call_hooks(hooks: Sequence[StepHook], state: TrainState, writer: MetricWriter | None) -> None:
+    """Call what is due after this step, in the process that writes the metrics."""
+    for hook in hooks:
+        if writer is not None:
+            hook(state.model, state.step, writer)
+            state.model.train()
 
 
 def _is_logged(cfg: Config, step: int, total_steps: int) -> bool:

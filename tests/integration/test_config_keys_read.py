@@ -230,6 +230,7 @@ TEACHES_NOTHING: dict[str, str] = {
     "train.checkpoint_every_steps": "1",
     "train.checkpoint_keep": "1",
     "train.max_nonfinite_steps": "1",
+    "train.watchdog_seconds": "600",
     "train.activation_checkpointing": "full",
     "logging.metrics_every_steps": "3",
     "logging.diagnostics_every_steps": "2",

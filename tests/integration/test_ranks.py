@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,10 @@ from torch import Tensor
 
 from dinov2_equi.fsdp.checkpoint import CheckpointStore
 from dinov2_equi.logging.metrics import read_metrics
+from dinov2_equi.train import guard
+from dinov2_equi.train.state import TrainState
+from dinov2_equi.train.step import train_step
+from dinov2_equi.train.watchdog import EXIT_HUNG
 
 Run = Callable[..., int]
 
@@ -193,3 +198,23 @@ def test_a_signal_to_one_process_stops_the_others_elsewhere(tmp_path: Path, lean
     os.kill(children[1], signal.SIGTERM)
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [75, 75]
     assert CheckpointStore(tmp_path / "checkpoints", read_only=True).latest_step() is not None
+
+
+def test_a_process_that_hangs_is_waited_for_without_end(
+    tmp_path: Path, lean_run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def sleepy_step(state: TrainState, *arguments: Any) -> dict[str, float]:
+        if state.step == 3 and dist.get_rank() == 1:
+            time.sleep(120)
+        return train_step(state, *arguments)
+
+    monkeypatch.setattr(guard, "train_step", sleepy_step)
+    started = time.monotonic()
+    assert run_on(2, lean_run, tmp_path, "train.watchdog_seconds=3") == [EXIT_HUNG] * 2
+    assert time.monotonic() - started < 60
+    stacks = [(tmp_path / "logs" / f"stacks.rank{rank}.txt").read_text() for rank in range(2)]
+    assert all("nothing happened for 3 s (train.watchdog_seconds) while in step 3" in text for text in stacks)
+    assert "sleepy_step" in stacks[1]
+    assert "all_reduce" in stacks[0]
+    shown = capfd.readouterr().err
+    assert all(f"rank {rank}: nothing happened" in shown for rank in range(2))

@@ -167,7 +167,13 @@ class TrainConfig:
     """Data, batch, checkpoints and device of a run."""
 
     batch_size_per_gpu: int = 64
-    """Images in the batch of one process, B."""
+    """Images that pass a network at once in one process; with `gradient_accumulation_steps` 1 all that it takes in a
+    step, B."""
+
+    gradient_accumulation_steps: int = 1
+    """Parts of `batch_size_per_gpu` images in which a process passes those of a step through the backbones, to save
+    memory. The losses see them all: as many images in other parts give the same numbers. Above 1 the student passes
+    once more in each step."""
 
     dataset_path: str = "ImageNet:split=TRAIN"
     """Data set: the path of a folder of images, of a list, a table, a pattern or tar shards, or a form such as
@@ -215,6 +221,10 @@ class TrainConfig:
     max_nonfinite_steps: int = 3
     """Steps in a row whose loss or gradient may be NaN or infinite. Such a step is skipped; after so many the run goes
     back to the weights of its last checkpoint, or stops if it has been there already."""
+
+    watchdog_seconds: float = 1800.0
+    """Seconds that a step, a checkpoint or the wait for images may take. After more every process writes where it
+    stands to `logs/stacks.rank*.txt` and ends with exit code 124. 0: wait for ever."""
 
     device: str = "auto"
     """`cpu`, `cuda`, or `auto` for CUDA where it is available."""

@@ -91,6 +91,7 @@ RULES: Mapping[str, Rule] = {
     "vicreg.expander_dim": _COUNT,
     "vicreg.expander_nlayers": _COUNT,
     "train.batch_size_per_gpu": _COUNT,
+    "train.gradient_accumulation_steps": _COUNT,
     "train.dataset_path": Rule("the name of a data set or a folder", lambda value: bool(value.strip())),
     "train.saveckp_freq": _NOT_NEGATIVE,
     "train.seed": _within(0, 2**32 - 1),
@@ -99,6 +100,7 @@ RULES: Mapping[str, Rule] = {
     "train.checkpoint_every_steps": _NOT_NEGATIVE,
     "train.checkpoint_keep": _COUNT,
     "train.max_nonfinite_steps": _COUNT,
+    "train.watchdog_seconds": _NOT_NEGATIVE,
     "train.num_threads": _NOT_NEGATIVE,
     "student.patch_size": _COUNT,
     "student.drop_path_rate": _BELOW_ONE,
@@ -369,7 +371,8 @@ def _loss_problems(config: Config) -> Iterator[Problem]:
             "all 0, so there is nothing to train; set at least one"
         )
         yield Problem("dino.loss_weight", text)
-    if vicreg.loss_weight > 0 and config.train.batch_size_per_gpu == 1:
+    train = config.train
+    if vicreg.loss_weight > 0 and train.batch_size_per_gpu * train.gradient_accumulation_steps == 1:
         text = "train.batch_size_per_gpu must be at least 2 with VICReg, whose terms are statistics of the batch, got 1"
         yield Problem("train.batch_size_per_gpu", text)
 

@@ -26,7 +26,8 @@ def compile_blocks_(model: SSLMetaArch, device: torch.device) -> bool:
     A copy of one block is tried first, forward and backward: a compiler that fails must not end a training.
     """
     student, teacher = (network["backbone"].block_list() for network in (model.student, model.teacher))  # type: ignore[operator]
-    problem = _problem_of_compiling(copy.deepcopy(student[0]).to_empty(device=device), device)
+    probe = copy.deepcopy(student[0]).to_empty(device=device)
+    problem = _problem_of_shapes(model) or _problem_of_compiling(probe, device)
     if problem:
         logger.warning("train.compile: blocks run uncompiled, as torch.compile fails here: %s", problem)
         return False
@@ -34,6 +35,17 @@ def compile_blocks_(model: SSLMetaArch, device: torch.device) -> bool:
         block.compile(dynamic=False)
     logger.info("blocks are compiled at their first steps, which takes longer than the others")
     return True
+
+
+def _problem_of_shapes(model: SSLMetaArch) -> str:
+    """Return why blocks would be compiled again at every step, or an empty string."""
+    cfg = model.cfg
+    if cfg.train.gradient_accumulation_steps > 1 and cfg.student.drop_path_rate > 0:
+        return (
+            "with gradient accumulation each micro-batch drops another number of images; set student.drop_path_rate=0 "
+            "or train.gradient_accumulation_steps=1"
+        )
+    return ""
 
 
 def _problem_of_compiling(block: Block, device: torch.device) -> str:

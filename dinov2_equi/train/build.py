@@ -146,7 +146,7 @@ def build_loader(
         mask_generator=_build_mask_generator(cfg),
         mask_probability=cfg.ibot.mask_sample_probability,
         mask_ratio_min_max=_pair(cfg.ibot.mask_ratio_min_max),
-        batch_size=cfg.train.batch_size_per_gpu,
+        batch_size=derived.batch_size_per_process,
         num_workers=cfg.train.num_workers,
         seed=cfg.train.seed,
         start_step=start_step,

@@ -21,7 +21,7 @@ from dinov2_equi.data.datasets.base import ImageDataset
 from dinov2_equi.data.loaders import on_device
 from dinov2_equi.data.source_batch import SourceBatch
 from dinov2_equi.distributed.collectives import largest_of_ranks, wait_for_all_ranks
-from dinov2_equi.distributed.env import get_world_size, is_main_process
+from dinov2_equi.distributed.env import get_rank, get_world_size, is_main_process
 from dinov2_equi.distributed.rank_group import rank_group
 from dinov2_equi.fsdp.checkpoint import CheckpointStore
 from dinov2_equi.logging.metrics import MetricWriter
@@ -34,6 +34,7 @@ from dinov2_equi.train.schedules import StepValues
 from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
 from dinov2_equi.train.state import ResumeError, TrainState, check_same_run, seed_rank
 from dinov2_equi.train.stopping import RunStopped, StopRequest
+from dinov2_equi.train.watchdog import Watchdog
 from dinov2_equi.train.whole import whole_model
 
 logger = logging.getLogger(__name__)
@@ -150,7 +151,10 @@ def _run_steps(
         stop = stack.enter_context(StopRequest().listening())
         state.model.train()
         bad_images = BadImageLog(output_dir, cfg.data.max_bad_fraction, is_writer=is_main_process())
+        watchdog = stack.enter_context(Watchdog(cfg.train.watchdog_seconds, output_dir, get_rank()).watching())
+        watchdog.beat("waiting for the first images")
         for batch, clock in _timed(loader):
+            watchdog.beat(f"in step {state.step}")
             bad_images.record(derived.effective_batch_size, gather_bad_images(batch.bad_images, device))
             values = schedules.at(state.step)
             scalars = steps.run(on_device(batch, device), values)
@@ -161,19 +165,29 @@ def _run_steps(
                 progress.update(state.step, scalars)
                 if _is_logged(cfg, state.step, derived.total_steps):
                     writer.write(state.step - 1, scalars)
+            watchdog.beat(f"saving after step {state.step - 1}")
             _periodic(state, cfg, derived, store, output_dir, is_sound=steps.is_sound)
-            for period, hook in hooks:
-                if hook is not None and _due(state.step, period):
-                    whole = whole_model(state.model, device)
-                    if whole is not None and writer is not None:
-                        hook(whole, state.step, writer)
-                    state.model.train()
-            number = largest_of_ranks(SAVE_FAILED if store.has_failed else stop.signal, device)
+            due = [hook for period, hook in hooks if hook is not None and _due(state.step, period)]
+            with watchdog.paused() if due else contextlib.nullcontext():  # these take as long as they take
+                _call_hooks(due, state, writer, device)
+                number = largest_of_ranks(SAVE_FAILED if store.has_failed else stop.signal, device)
             if number == SAVE_FAILED:
                 store.wait()  # raises on all ranks
             if number and state.step < derived.total_steps:
                 state.save(store, cfg)
                 raise RunStopped(number, state.step)
+            watchdog.beat(f"waiting for the images of step {state.step}")
+
+
+def _call_hooks(
+    hooks: Sequence[StepHook], state: TrainState, writer: MetricWriter | None, device: torch.device
+) -> None:
+    """Call what is due after this step, in the process that writes the metrics; all gather the model for it."""
+    for hook in hooks:
+        whole = whole_model(state.model, device)
+        if whole is not None and writer is not None:
+            hook(whole, state.step, writer)
+        state.model.train()
 
 
 def _is_logged(cfg: Config, step: int, total_steps: int) -> bool:

@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 IDENTITY_SECTIONS = ("student", "dino", "ibot", "vicreg", "equi", "crops", "data")
 IDENTITY_KEYS = ("train.dataset_path", "train.seed", "train.centering")
 """Settings that make a run the run it is: a resume under other values would be neither the old run nor a new one."""
-BATCH_SIZE, WORLD_SIZE = "train.batch_size_per_gpu", "world_size"
-"""Their product makes the run too."""
+BATCH_SIZE, ACCUMULATION, WORLD_SIZE = "train.batch_size_per_gpu", "train.gradient_accumulation_steps", "world_size"
+"""Their product makes the run too: the images of a step."""
 FREE_KEYS = ("data.max_bad_fraction",)
 """Settings of those sections that may differ all the same: they can stop a run, but do not change it."""
 SCHEDULE_KEYS = ("optim.", "teacher.", "train.OFFICIAL_EPOCH_LENGTH", "compute_precision.autocast")
@@ -116,9 +116,11 @@ def check_same_run(checkpoint: Checkpoint, cfg: Config) -> None:
         if (key.split(".")[0] in IDENTITY_SECTIONS and key not in FREE_KEYS) or key in IDENTITY_KEYS
     ]
     listing = "; ".join(f"{key}: was {before[key]!r}, now {now[key]!r}" for key in identity)
-    images = (before[BATCH_SIZE] * checkpoint.state.get(WORLD_SIZE, 1), now[BATCH_SIZE] * get_world_size())
-    if images[0] != images[1]:
-        listing += f"{'; ' if listing else ''}{BATCH_SIZE} x processes: was {images[0]}, now {images[1]}"
+    was = before[BATCH_SIZE] * before[ACCUMULATION] * checkpoint.state.get(WORLD_SIZE, 1)
+    images = now[BATCH_SIZE] * now[ACCUMULATION] * get_world_size()
+    if was != images:
+        product = f"{BATCH_SIZE} x {ACCUMULATION} x processes"
+        listing += f"{'; ' if listing else ''}{product}: was {was}, now {images}"
     if listing:
         raise ResumeError(
             f"the output folder holds step {checkpoint.step} of a run with other settings ({listing}). "
@@ -132,8 +134,8 @@ def _check_settings(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless the settings of a run are in the checkpoint."""
     config = checkpoint.state.get("config")
     wrong = [] if isinstance(config, dict) else ["config"]
-    if isinstance(config, dict) and not isinstance(config.get(BATCH_SIZE, 1), int):
-        wrong.append(BATCH_SIZE)
+    if isinstance(config, dict):
+        wrong += [key for key in (BATCH_SIZE, ACCUMULATION) if not isinstance(config.get(key, 1), int)]
     if not isinstance(checkpoint.state.get(WORLD_SIZE, 1), int):
         wrong.append(WORLD_SIZE)
     _refuse(checkpoint, wrong)

@@ -131,6 +131,7 @@ DECIDES_WHAT_IS_LEARNED: dict[str, tuple[str, ...]] = {
     "vicreg.expander_dim": ("16",),
     "vicreg.expander_nlayers": ("2",),
     "train.batch_size_per_gpu": ("3",),
+    "train.gradient_accumulation_steps": ("2",),
     "train.dataset_path": ("synthetic:length=32:size=96x128",),
     "train.seed": ("1",),
     "train.centering": ("sinkhorn_knopp",),
@@ -234,6 +235,7 @@ TEACHES_NOTHING: dict[str, str] = {
     "train.checkpoint_keep": "1",
     "train.async_checkpoint": "true",
     "train.max_nonfinite_steps": "1",
+    "train.watchdog_seconds": "600",
     "train.activation_checkpointing": "full",
     **{
         f"compute_precision.{owner}.{name}.sharding_strategy": "FULL_SHARD"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import tarfile
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +25,16 @@ from dinov2_equi.data.masking import MaskingGenerator
 
 
 @pytest.fixture(autouse=True)
-def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Keep the user's cache and the folder for temporary files out of it."""
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Keep the user's cache and the folder for temporary files out of it.
+
+    The latter has a short path: loader processes have sockets there, whose paths may have 107 letters.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(piped_shards.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
-    return tmp_path
+    with tempfile.TemporaryDirectory() as short:
+        (Path(short) / "tmp").mkdir()
+        monkeypatch.setattr(piped_shards.tempfile, "gettempdir", lambda: f"{short}/tmp")
+        yield Path(short)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import functools
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from dinov2_equi.train import guard
 from dinov2_equi.train.state import TrainState
 from dinov2_equi.train.step import train_step
 from dinov2_equi.train.watchdog import EXIT_HUNG
+from tests.ranks import exit_codes, launch_ranks
 
 Run = Callable[..., int]
 
@@ -58,25 +58,6 @@ def sharded(strategy: str) -> tuple[str, ...]:
     return tuple(f"compute_precision.{network}.sharding_strategy={strategy}" for network in networks)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def start_rank(rank: int, world_size: int, port: int, run: Callable[[], int]) -> int:
-    """Run in a forked process as a launcher would have started it, two on a machine; return its number."""
-    child = os.fork()
-    if child:
-        return child
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ.update(address, WORLD_SIZE=str(world_size), RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
-    try:
-        os._exit(run())
-    finally:
-        os._exit(99)  # an exception; a test process must not go on here
-
-
 def run_on(world_size: int, lean_run: Run, folder: Path, *words: str, parts: int = 1) -> list[int]:
     """Train with 8 images a step on so many processes, in so many micro-batches; return the exit codes.
 
@@ -86,11 +67,7 @@ def run_on(world_size: int, lean_run: Run, folder: Path, *words: str, parts: int
     words = (*sharded("NO_SHARD"), *words)
     if world_size == 1:
         return [lean_run(folder, *sizes, *words)]
-    port = free_port()
-    children = [
-        start_rank(rank, world_size, port, lambda: lean_run(folder, *sizes, *words)) for rank in range(world_size)
-    ]
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return exit_codes(launch_ranks(world_size, lambda: lean_run(folder, *sizes, *words), on_a_machine=2))
 
 
 def weights(folder: Path, step: int | None = None) -> dict[str, Tensor]:
@@ -201,16 +178,15 @@ def test_processes_drop_the_same_branches_or_a_resume_draws_others(tmp_path: Pat
 
 
 def test_a_signal_to_one_process_stops_the_others_elsewhere(tmp_path: Path, lean_run: Run) -> None:
-    port = free_port()
     words = ("optim.epochs=2000", "train.batch_size_per_gpu=4", "train.checkpoint_every_steps=100000")
-    children = [start_rank(rank, 2, port, lambda: lean_run(tmp_path, *words)) for rank in range(2)]
+    children = launch_ranks(2, lambda: lean_run(tmp_path, *words))
     log = tmp_path / "training_metrics.json"
     deadline = time.monotonic() + 60
     while not (log.is_file() and len(log.read_text().splitlines()) > 3):
         assert time.monotonic() < deadline, "no step within a minute"
         time.sleep(0.05)
     os.kill(children[1], signal.SIGTERM)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [75, 75]
+    assert exit_codes(children) == [75, 75]
     assert CheckpointStore(tmp_path / "checkpoints", read_only=True).latest_step() is not None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from dinov2_equi.fsdp.manifest import MANIFEST_NAME, CheckpointError, Manifest, 
 from dinov2_equi.train import build
 from dinov2_equi.train.state import TrainState
 from dinov2_equi.train.step import train_step
+from tests.ranks import in_a_group
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo"),
@@ -36,26 +36,9 @@ SMALL = ("ibot.separate_head=true", "equi.decoder.width=32", "train.OFFICIAL_EPO
 
 
 def on_ranks(world_size: int, folder: Path, function: Callable[[], None]) -> None:
-    """Call a function in so many forked processes of one group; an exception there fails here."""
+    """Call a function in processes of one group; see `in_a_group`."""
     folder.mkdir(exist_ok=True)
-    rendezvous = folder / "rendezvous"
-    rendezvous.unlink(missing_ok=True)
-    children = []
-    for rank in range(world_size):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                if world_size > 1:
-                    os.environ["LOCAL_WORLD_SIZE"] = str(world_size)
-                    method = f"file://{rendezvous}"
-                    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=world_size)
-                function()
-                code = 0
-            finally:
-                os._exit(code)
-        children.append(child)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * world_size
+    in_a_group(world_size, folder, lambda _: function())
 
 
 def start(cfg: Config, *, resumes: bool = False) -> TrainState:

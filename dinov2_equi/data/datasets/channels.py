@@ -21,6 +21,7 @@ from dinov2_equi.data.datasets.base import DatasetError, ImageDataset, Unreadabl
 from dinov2_equi.data.datasets.blocks import Blocks, blocks_of
 from dinov2_equi.data.datasets.decode import DECODE_ERRORS, MAX_PIXELS
 from dinov2_equi.data.datasets.encoded import EncodedImages
+from dinov2_equi.data.datasets.view import View
 
 ARRAY_SUFFIXES = (".npy",)
 """Suffixes of images beside those that are read as RGB."""
@@ -45,7 +46,7 @@ class ChannelFormat:
     sign, and floating-point values must be in [0, 1]."""
 
 
-class ChannelImages:
+class ChannelImages(View[EncodedImages]):
     """A view of a data set whose images are not made RGB: every channel as it is in the file, scaled to [0, 1].
 
     Args:
@@ -54,12 +55,8 @@ class ChannelImages:
     """
 
     def __init__(self, dataset: EncodedImages, channels: ChannelFormat) -> None:
-        self.dataset = dataset
+        super().__init__(dataset)
         self.channels = channels
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.dataset)
 
     def load(self, index: int) -> Image.Image:
         """Return image `index` for people to look at: the first three channels, or the first in grey.
@@ -87,20 +84,6 @@ class ChannelImages:
     def blocks(self) -> Blocks | None:
         """Return the blocks of the data set."""
         return blocks_of(self.dataset)
-
-    def name(self, index: int) -> str:
-        """Return the name of image `index`."""
-        return self.dataset.name(index)
-
-    @property
-    def targets(self) -> list[int] | None:
-        """Class number of each image."""
-        return self.dataset.targets
-
-    @property
-    def classes(self) -> list[str]:
-        """Class names."""
-        return self.dataset.classes
 
 
 def as_channels(dataset: ImageDataset, channels: ChannelFormat, spec: str) -> ChannelImages:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from dinov2_equi.data.datasets.base import DatasetError, ImageDataset, UnreadableImageError
+from dinov2_equi.data.datasets.view import View
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +20,7 @@ Loaded = TypeVar("Loaded")
 _ATTEMPTS = 64
 
 
-class ReadableImages:
+class ReadableImages(View[ImageDataset]):
     """A view of a data set where the next readable image of the same class stands in for an unreadable one.
 
     Each unreadable image is logged once. Names, class numbers and length are those of the data set.
@@ -29,13 +30,9 @@ class ReadableImages:
     """
 
     def __init__(self, dataset: ImageDataset) -> None:
-        self.dataset = dataset
+        super().__init__(dataset)
         self._targets = None if dataset.targets is None else np.asarray(dataset.targets, dtype=np.int32)
         self._reported: set[int] = set()
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.dataset)
 
     def load(self, index: int) -> Image.Image:
         """Return image `index`, mode RGB, or the one that stands in for it.
@@ -52,20 +49,6 @@ class ReadableImages:
             DatasetError: None of the next images can be read.
         """
         return self._first_readable(index, lambda number: self.dataset.load_tensor(number, min_short_side))
-
-    def name(self, index: int) -> str:
-        """Return the name of image `index`."""
-        return self.dataset.name(index)
-
-    @property
-    def targets(self) -> list[int] | None:
-        """Class number of each image."""
-        return self.dataset.targets
-
-    @property
-    def classes(self) -> list[str]:
-        """Class names."""
-        return self.dataset.classes
 
     def _first_readable(self, index: int, load: Callable[[int], Loaded]) -> Loaded:
         last = ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from dinov2_equi.distributed.collectives import (
 from dinov2_equi.layers.batch_norm import BatchNorm1d, BatchNorm2d
 from dinov2_equi.loss.koleo_loss import KoLeoLoss
 from dinov2_equi.loss.vicreg_loss import VICRegLoss
+from tests.ranks import in_a_group
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo"),
@@ -30,24 +30,6 @@ pytestmark = [
 ]
 CPU = torch.device("cpu")
 B, D = 4, 6  # images of a rank, channels
-
-
-def on_ranks(world_size: int, folder: Path, function: Callable[[int], None]) -> None:
-    """Call the function with its rank in so many forked processes of one group; an exception there fails here."""
-    children = []
-    for rank in range(world_size):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                store = f"file://{folder}/rendezvous"
-                dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-                function(rank)
-                code = 0
-            finally:
-                os._exit(code)
-        children.append(child)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * world_size
 
 
 def network() -> nn.Module:
@@ -94,7 +76,7 @@ def test_a_loss_over_ranks_differs_from_that_of_one_process(name: str, world_siz
         for parameter, gradient in zip(model.parameters(), expected, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)  # sums in another order
 
-    on_ranks(world_size, tmp_path, check)
+    in_a_group(world_size, tmp_path, check)
 
 
 def test_batch_norm_of_maps_sees_one_rank_alone(tmp_path: Path) -> None:
@@ -109,7 +91,7 @@ def test_batch_norm_of_maps_sees_one_rank_alone(tmp_path: Path) -> None:
         if rank == 0:
             assert norm.eval()(half).isfinite().all()
 
-    on_ranks(2, tmp_path, check)
+    in_a_group(2, tmp_path, check)
 
 
 def test_running_statistics_are_those_of_one_rank(tmp_path: Path) -> None:
@@ -125,7 +107,7 @@ def test_running_statistics_are_those_of_one_rank(tmp_path: Path) -> None:
         for name, value in wanted.state_dict().items():
             torch.testing.assert_close(norm.state_dict()[name], value, rtol=1e-5, atol=1e-5)  # sums in another order
 
-    on_ranks(2, tmp_path, check)
+    in_a_group(2, tmp_path, check)
 
 
 def test_small_and_large_gradients_are_averaged_one_by_one(tmp_path: Path) -> None:
@@ -140,7 +122,7 @@ def test_small_and_large_gradients_are_averaged_one_by_one(tmp_path: Path) -> No
             assert parameter.grad is not None and (parameter.grad == number + 5).all()
         assert parameters[3].grad is None
 
-    on_ranks(2, tmp_path, check)
+    in_a_group(2, tmp_path, check)
 
 
 def test_numbers_and_bytes_of_ranks_arrive_in_another_order(tmp_path: Path) -> None:
@@ -149,7 +131,7 @@ def test_numbers_and_bytes_of_ranks_arrive_in_another_order(tmp_path: Path) -> N
         parts = gather_bytes(torch.tensor([rank, 200], dtype=torch.uint8), CPU)
         assert [part.tolist() for part in parts] == [[0, 200], [1, 200], [2, 200]]
 
-    on_ranks(3, tmp_path, check)
+    in_a_group(3, tmp_path, check)
 
 
 def test_values_of_ranks_lose_digits_or_their_order(tmp_path: Path) -> None:
@@ -157,7 +139,7 @@ def test_values_of_ranks_lose_digits_or_their_order(tmp_path: Path) -> None:
         values = gather_values([{"a": 0.1 + rank}] * rank, CPU)
         assert values == [[], [{"a": 1.1}], [{"a": 2.1}] * 2]
 
-    on_ranks(3, tmp_path, check)
+    in_a_group(3, tmp_path, check)
     assert gather_values({"a": 0.1}, CPU) == [{"a": 0.1}]
 
 

@@ -22,8 +22,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
 from dinov2_equi.data.datasets.base import ImageDataset
-from dinov2_equi.data.samplers import PositionSampler
-from dinov2_equi.data.signals import start_worker
 from dinov2_equi.distributed.collectives import (
     all_reduce_mean,
     average_gradients_,
@@ -31,7 +29,7 @@ from dinov2_equi.distributed.collectives import (
     largest_of_ranks,
     wait_for_all_ranks,
 )
-from dinov2_equi.distributed.env import get_rank, get_world_size, is_main_process, share_of_batch, share_of_rank
+from dinov2_equi.distributed.env import is_main_process, share_of_rank
 from dinov2_equi.evaluation.dense_features import at_image_size, check_features, feature_map, resample, whole_patches
 from dinov2_equi.evaluation.eval_model import EvalModel
 from dinov2_equi.evaluation.homography_pairs import (
@@ -42,6 +40,7 @@ from dinov2_equi.evaluation.homography_pairs import (
     PairSettings,
     corner_errors,
 )
+from dinov2_equi.evaluation.step_loader import step_loader
 from dinov2_equi.evaluation.stored_features import dataset_digest, weights_digest
 from dinov2_equi.fsdp.checkpoint import CheckpointStore, flatten_optimizer, restore_optimizer_
 
@@ -246,14 +245,13 @@ def _loader(train: ImageDataset, settings: HomographySettings, start: int, num_w
     pairs = HomographyPairs(
         train, settings.pairs, length=settings.steps * settings.batch_size, stream=TRAIN_STREAM, seed=settings.seed
     )
-    sampler = PositionSampler(
-        batch_size=share_of_batch(settings.batch_size),
+    return step_loader(
+        pairs,
+        batch_size=settings.batch_size,
         start_step=start,
-        num_steps=settings.steps - start,
-        rank=get_rank(),
-        world_size=get_world_size(),
+        num_steps=settings.steps,
+        num_workers=num_workers,
     )
-    return DataLoader(pairs, batch_sampler=sampler, num_workers=num_workers, worker_init_fn=start_worker)
 
 
 def training_key(model: EvalModel, train: ImageDataset, settings: HomographySettings) -> str:

@@ -19,18 +19,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from dinov2_equi.data.samplers import PositionSampler, RandomStream, SampleOrder, random_generator
-from dinov2_equi.data.signals import start_worker
+from dinov2_equi.data.samplers import RandomStream, SampleOrder, random_generator
 from dinov2_equi.distributed.collectives import (
     all_reduce_mean,
     average_gradients_,
     largest_of_ranks,
     wait_for_all_ranks,
 )
-from dinov2_equi.distributed.env import get_rank, get_world_size, is_main_process, share_of_batch
+from dinov2_equi.distributed.env import get_rank, is_main_process
 from dinov2_equi.evaluation.finetune import layer_number
+from dinov2_equi.evaluation.step_loader import step_loader
 from dinov2_equi.fsdp.checkpoint import CheckpointStore, flatten_optimizer, restore_optimizer_
 
 CHECKPOINTS = "checkpoints"
@@ -193,7 +193,14 @@ def train(
     history = _resume(store, module, backbone, optimizer, identity)
     start = len(history)
     module.train()
-    loader = _loader(samples, settings, start, num_workers, collate)
+    loader = step_loader(
+        samples,
+        batch_size=settings.batch_size,
+        start_step=start,
+        num_steps=settings.steps,
+        num_workers=num_workers,
+        collate=collate,
+    )
     for step, batch in enumerate(loader, start=start):
         terms = _step(module, optimizer, partial(losses_of, batch), settings, step)
         history.append(math.fsum(float(term) for term in terms.values()))
@@ -208,30 +215,6 @@ def train(
             break
     module.eval()
     return history
-
-
-def _loader(
-    samples: TrainingSamples,
-    settings: LoopSettings,
-    start: int,
-    num_workers: int,
-    collate: Callable[[list[Any]], Any] | None,
-) -> DataLoader[Any]:
-    """Return the batches of this process from a step on."""
-    sampler = PositionSampler(
-        batch_size=share_of_batch(settings.batch_size),
-        start_step=start,
-        num_steps=settings.steps - start,
-        rank=get_rank(),
-        world_size=get_world_size(),
-    )
-    return DataLoader(
-        samples,
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=collate,
-        worker_init_fn=start_worker,
-    )
 
 
 def _what_counts(settings: LoopSettings) -> dict[str, Any]:

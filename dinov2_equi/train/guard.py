@@ -37,12 +37,13 @@ class GuardedSteps:
         self._output_dir = output_dir
         self._limit = cfg.train.max_nonfinite_steps
         self._num_in_a_row = 0
-        self._went_back_to: int | None = None
+        self._last_was_finite = True
+        self._tried: int | None = None  # the newest checkpoint, damaged or not, when the run went back
 
     @property
     def is_sound(self) -> bool:
         """Return whether the last step was finite."""
-        return self._num_in_a_row == 0
+        return self._last_was_finite
 
     def run(self, batch: Batch, values: StepValues) -> dict[str, float] | None:
         """Run one step and return its figures, or None if it was skipped.
@@ -56,36 +57,40 @@ class GuardedSteps:
         except NonFiniteLossError as error:
             self._skip(error, batch, rng, values.teacher_temp)
             return None
-        self._num_in_a_row = 0
+        self._num_in_a_row, self._last_was_finite = 0, True
         return figures | ({"skipped_steps": float(self._state.skipped)} if self._state.skipped else {})
 
     def _skip(self, error: NonFiniteLossError, batch: Batch, rng: dict[str, Tensor], teacher_temp: float) -> None:
         self._state.step += 1
         self._state.skipped += 1
         self._num_in_a_row += 1
+        self._last_was_finite = False
         logger.warning("%s. The step is skipped (%d of %d in a row)", error, self._num_in_a_row, self._limit)
         if self._num_in_a_row < self._limit:
             return
         self._store.wait()  # all ranks see the same checkpoints then
         last = self._store.latest_step()
-        if last is None or last == self._went_back_to:
+        if last is None or last == self._tried:
             self._stop(error, batch, rng, teacher_temp)
+        self._tried, self._num_in_a_row = last, 0
         self._go_back()
 
     def _go_back(self) -> None:
+        state = self._state
         checkpoint = self._store.load()
-        step, skipped = self._state.step, self._state.skipped
-        self._state.restore(checkpoint)
-        self._state.step, self._state.skipped = step, skipped  # other images than those that led here
-        self._went_back_to, self._num_in_a_row = checkpoint.step, 0
-        logger.warning("back to the weights of step %d, going on with the images of step %d", checkpoint.step, step)
+        kept = state.step, state.skipped, state.seconds  # other images than those that led here, and time has passed
+        state.restore(checkpoint)
+        state.step, state.skipped, state.seconds = kept
+        logger.warning(
+            "back to the weights of step %d, going on with the images of step %d", checkpoint.step, state.step
+        )
 
     def _stop(self, error: NonFiniteLossError, batch: Batch, rng: dict[str, Tensor], teacher_temp: float) -> None:
         bundle = write_bundle(self._output_dir, self._state, self._cfg, batch=batch, rng=rng, teacher_temp=teacher_temp)
         where = f". To look at it: python scripts/replay.py {bundle}"
         tried = "there is no checkpoint yet"
-        if self._went_back_to is not None:
-            tried = f"going back to the checkpoint of step {self._went_back_to} did not help"
+        if self._tried is not None:
+            tried = f"going back to the checkpoint of step {self._tried} did not help"
         raise NonFiniteLossError(
             f"{self._num_in_a_row} steps in a row were not finite, and {tried}; the last was {error}. Lower "
             "optim.base_lr or equi.loss_weight, lengthen optim.warmup_epochs, or look at the images of this "

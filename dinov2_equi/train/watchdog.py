@@ -40,14 +40,14 @@ class Watchdog:
         self._rank = rank
         self._file = stacks_file(output_dir, rank)
         self._doing = "starting"
-        self._waited_s = 0.0
+        self._beats = 0  # counted by the process, looked at by the watching thread: neither undoes what the other did
         self._is_paused = False
         self._over = threading.Event()
 
     def beat(self, doing: str) -> None:
         """Note that something happened, and what comes next, for instance `waiting for data`."""
         self._doing = doing
-        self._waited_s = 0.0
+        self._beats += 1
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -56,7 +56,7 @@ class Watchdog:
         try:
             yield
         finally:
-            self._waited_s = 0.0
+            self._beats += 1
             self._is_paused = False
 
     @contextlib.contextmanager
@@ -75,13 +75,15 @@ class Watchdog:
 
     def _watch(self) -> None:
         period = min(self._limit_s / _CHECKS_PER_LIMIT, _LONGEST_CHECK_S)
-        before = time.monotonic()
+        before, beats, waited_s = time.monotonic(), self._beats, 0.0
         while not self._over.wait(period):
             now = time.monotonic()
-            if not self._is_paused:
-                self._waited_s += min(now - before, 2 * period)  # more passed only while this process stood still
+            if self._is_paused or beats != self._beats:
+                beats, waited_s = self._beats, 0.0
+            else:
+                waited_s += min(now - before, 2 * period)  # more passed only while this process stood still
             before = now
-            if self._waited_s > self._limit_s:
+            if waited_s > self._limit_s:
                 self._give_up()
                 return
 
@@ -90,14 +92,27 @@ class Watchdog:
             f"rank {self._rank}: nothing happened for {self._limit_s:g} s (train.watchdog_seconds) while "
             f"{self._doing}; where each thread stood, also in {self._file}:\n"
         )
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        with self._file.open("a", encoding="utf-8") as file:
-            for target in (file.fileno(), _STDERR):
-                os.write(target, message.encode())
-                faulthandler.dump_traceback(target, all_threads=True)
+        _write_stacks(_STDERR, message)
+        # The file by another thread: what hangs may be the file system, and then this must end all the same.
+        writer = threading.Thread(target=self._write_file, args=(message,), daemon=True)
+        writer.start()
         # Also where the main thread has gone on since, as it does with an error when another process has ended.
         time.sleep(_GRACE_S)
+        writer.join(timeout=_GRACE_S)
         os._exit(EXIT_HUNG)
+
+    def _write_file(self, message: str) -> None:
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("a", encoding="utf-8") as file:
+                _write_stacks(file.fileno(), message)
+        except OSError as error:
+            os.write(_STDERR, f"{self._file} could not be written: {error}\n".encode())
+
+
+def _write_stacks(target: int, message: str) -> None:
+    os.write(target, message.encode())
+    faulthandler.dump_traceback(target, all_threads=True)
 
 
 def stacks_file(output_dir: Path, rank: int) -> Path:

@@ -104,6 +104,28 @@ def test_the_same_checkpoint_is_gone_back_to_for_ever(guarded: Guarded) -> None:
         guarded.bad()
 
 
+def test_weights_that_were_gone_back_to_are_saved_and_gone_back_to_for_ever(guarded: Guarded) -> None:
+    guarded.good()
+    guarded.state.save(guarded.store, guarded.cfg)
+    with pytest.raises(NonFiniteLossError, match="did not help"):
+        for _ in range(10):
+            guarded.bad()
+            if guarded.steps.is_sound:  # as the loop does, where a checkpoint is due after every step
+                guarded.state.save(guarded.store, guarded.cfg)
+    assert guarded.store.steps() == [1]
+
+
+def test_newest_checkpoint_is_damaged_and_the_one_before_it_is_gone_back_to_for_ever(guarded: Guarded) -> None:
+    for seed in range(2):
+        guarded.good(seed)
+        guarded.state.save(guarded.store, guarded.cfg)
+    (newest,) = guarded.store.directory.glob("step_*2")
+    (newest / "state.json").write_text("{}")
+    with pytest.raises(NonFiniteLossError, match="did not help"):
+        for _ in range(10):
+            guarded.bad()
+
+
 def test_a_newer_checkpoint_is_not_gone_back_to(guarded: Guarded) -> None:
     for seed in range(2):
         guarded.good(seed)

@@ -20,7 +20,7 @@ LIMIT_S = 0.2
 def ended(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Return the exit codes with which the process would have ended."""
     codes: list[int] = []
-    monkeypatch.setattr(module, "_GRACE_S", 0.0)
+    monkeypatch.setattr(module, "_GRACE_S", 0.1)
     monkeypatch.setattr(os, "_exit", codes.append)
     yield codes
 
@@ -34,6 +34,28 @@ def test_a_hung_step_goes_on_for_ever(tmp_path: Path, ended: list[int], capfd: p
     assert text.startswith("rank 3: nothing happened for 0.2 s (train.watchdog_seconds) while in step 7;")
     assert "test_a_hung_step_goes_on_for_ever" in text
     assert "test_a_hung_step_goes_on_for_ever" in capfd.readouterr().err
+
+
+def test_a_run_folder_that_cannot_be_written_to_keeps_the_hung_run_alive(
+    tmp_path: Path, ended: list[int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "logs").write_text("a file where the folder should be")
+    with Watchdog(LIMIT_S, tmp_path).watching():
+        time.sleep(3 * LIMIT_S)
+    assert ended == [EXIT_HUNG]
+    shown = capfd.readouterr().err
+    assert "nothing happened for 0.2 s" in shown and "could not be written" in shown
+
+
+def test_a_file_system_that_hangs_keeps_the_hung_run_alive(
+    tmp_path: Path, ended: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: released.wait(10))
+    with Watchdog(LIMIT_S, tmp_path).watching():
+        time.sleep(3 * LIMIT_S)
+        assert ended == [EXIT_HUNG]
+    released.set()
 
 
 def test_steps_that_are_each_short_are_taken_for_a_hang(tmp_path: Path, ended: list[int]) -> None:

@@ -21,11 +21,10 @@ from rich.progress import track  # noqa: E402
 
 from dinov2_equi.data.channel_statistics import ChannelStatistics, channel_statistics  # noqa: E402
 from dinov2_equi.data.datasets.base import DatasetError  # noqa: E402
-from dinov2_equi.data.datasets.channels import ChannelFormat  # noqa: E402
+from dinov2_equi.data.datasets.channels import RGB_CHANNELS, channel_format  # noqa: E402
 from dinov2_equi.data.datasets.make import make_dataset  # noqa: E402
 from dinov2_equi.run.command import EXIT_DONE, command_parser, run_command  # noqa: E402
 
-RGB = 3
 SHOWN_BAD = 5
 
 
@@ -33,7 +32,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
     parser = command_parser(__doc__)
     parser.add_argument("data", metavar="DATASET", help="a folder, list, table, pattern, shards or form of a data set")
-    parser.add_argument("--in-channels", type=int, default=RGB, help="data.in_channels (default: 3, photographs)")
+    parser.add_argument(
+        "--in-channels", type=int, default=RGB_CHANNELS, help="data.in_channels (default: 3, photographs)"
+    )
     parser.add_argument(
         "--value-range",
         type=float,
@@ -58,9 +59,9 @@ def configuration_lines(found: ChannelStatistics, args: argparse.Namespace) -> l
 
 def command(args: argparse.Namespace) -> int:
     """Read the images and print what was found."""
-    is_rgb = args.in_channels == RGB and not args.value_range
-    value_range = tuple(args.value_range) if args.value_range else None
-    dataset = make_dataset(args.data, None if is_rgb else ChannelFormat(args.in_channels, value_range))
+    if args.images < 0:
+        raise DatasetError(f"--images must be >= 0; got {args.images}")
+    dataset = make_dataset(args.data, channel_format(args.in_channels, args.value_range))
     count = min(args.images, len(dataset)) if args.images else len(dataset)
     indices = [number * len(dataset) // count for number in range(count)]
     found = None

@@ -28,7 +28,7 @@ from dinov2_equi.data.augmentations import DataAugmentationDINO
 from dinov2_equi.data.bad_images import check_shape
 from dinov2_equi.data.contact_sheet import contact_sheet
 from dinov2_equi.data.datasets.base import DatasetError, ImageDataset, UnreadableImageError
-from dinov2_equi.data.datasets.channels import RGB_CHANNELS, ChannelFormat
+from dinov2_equi.data.datasets.channels import RGB_CHANNELS, channel_format
 from dinov2_equi.data.datasets.folder import ImageFolder
 from dinov2_equi.data.datasets.make import make_dataset
 from dinov2_equi.data.loaders import MultiCropDataset, SourceDataset
@@ -130,12 +130,6 @@ def write_sheet(path: Path, images: MultiCropDataset, num_rows: int) -> None:
     Image.fromarray(contact_sheet(sources, crops).numpy()).save(path)
 
 
-def _channels(args: argparse.Namespace) -> ChannelFormat | None:
-    if args.in_channels == RGB_CHANNELS and not args.value_range:
-        return None
-    return ChannelFormat(args.in_channels, tuple(args.value_range) if args.value_range else None)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; a fault of the input ends in one line on stderr and exit code 2."""
     args = parse_arguments(argv)
@@ -144,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise DatasetError(f"--sheet must end in .png, .jpg or .webp; got {args.sheet}")
         if args.images < 0 or args.rows < 1:
             raise DatasetError(f"--images must be >= 0 and --rows >= 1; got {args.images} and {args.rows}")
-        channels = _channels(args)
+        channels = channel_format(args.in_channels, args.value_range)
         dataset = make_dataset(args.data, channels)
         print("\n".join(describe(dataset, examine(dataset, args.images))))
         augmentation = DataAugmentationDINO((0.32, 1.0), (0.05, 0.32), 8, 224, 96, is_rgb=channels is None)

@@ -71,7 +71,7 @@ class RestartingLoader(Generic[Item]):
 
 
 def _batches(loader: DataLoader[Item]) -> Iterator[Item]:
-    """Yield the batches of one loader.
+    """Yield the batches of one loader; its processes end with the last one, or with the first error.
 
     Raises:
         _ProcessDiedError: One of its processes is gone; all of them are by then.
@@ -80,19 +80,21 @@ def _batches(loader: DataLoader[Item]) -> Iterator[Item]:
     with _own_signal_handler():
         iterator = iter(loader)
     workers = [process for process in multiprocessing.active_children() if process.pid not in before]
-    for _ in range(len(loader)):
-        try:
-            with _watched(workers):
-                batch = next(iterator)
-        except (RuntimeError, _ProcessDiedError):
-            dead = [worker for worker in workers if not worker.is_alive()]
-            if not dead:
-                raise
-            _end(workers)
-            raise _ProcessDiedError(_how_ended(dead[0])) from None
-        yield batch
-    for _ in iterator:  # there is none left, and the processes end
-        raise AssertionError("more batches than the loader has said")
+    try:
+        for _ in range(len(loader)):
+            try:
+                with _watched(workers):
+                    batch = next(iterator)
+            except (RuntimeError, _ProcessDiedError):
+                dead = [worker for worker in workers if not worker.is_alive()]
+                if not dead:
+                    raise
+                raise _ProcessDiedError(_how_ended(dead[0])) from None
+            yield batch
+        for _ in iterator:  # there is none left, and the processes end
+            raise AssertionError("more batches than the loader has said")
+    finally:
+        _end(workers)  # an error's traceback would keep them, and whoever waits for them at the end of the process
 
 
 @contextlib.contextmanager

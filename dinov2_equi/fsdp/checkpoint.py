@@ -120,8 +120,11 @@ class CheckpointStore:
         return sorted(step for step in steps if self._path(step).is_dir())
 
     def latest_step(self) -> int | None:
-        """Return the newest step in the directory, or None; not verified, ``load`` may have to go further back."""
-        steps = self.steps()
+        """Return the newest step in the directory, or None; not verified, ``load`` may have to go further back.
+
+        Of several ranks all must call it, and all get what the main process sees.
+        """
+        steps = self._agreed_steps()
         return steps[-1] if steps else None
 
     def save(

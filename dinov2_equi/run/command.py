@@ -24,7 +24,10 @@ _OUT_OF_MEMORY = (
 _CPU_ALLOCATOR = "DefaultCPUAllocator"
 """In the message of PyTorch's plain RuntimeError where the memory of the machine does not suffice."""
 
-EXIT_CODES = "exit codes: 0 done, 1 a part failed, 2 something in the command or the data is wrong, 130 interrupted"
+EXIT_CODES = (
+    "exit codes: 0 done, 1 a part failed, 2 something in the command or the data is wrong, 75 stopped by a signal, "
+    "130 interrupted"
+)
 
 
 def command_parser(description: str | None) -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ EXIT_NON_FINITE = 1
 
 MEANINGS: Mapping[int, str] = {
     EXIT_DONE: "done",
-    EXIT_NON_FINITE: "stopped by losses or gradients that were not finite",
+    EXIT_NON_FINITE: "stopped by losses or gradients that were not finite, or by a fault of the program",
     EXIT_USER_ERROR: "a fault in command, configuration or data, explained in one message",
     EXIT_STOPPED: "stopped by a signal, to be started again (SLURM: `RequeueExit=75`)",
     EXIT_HUNG: "hung for longer than `train.watchdog_seconds`; `logs/stacks.rank*.txt` say where",

@@ -13,6 +13,7 @@ from dinov2_equi.config.schema import Config
 from dinov2_equi.config.validate import is_rgb
 from dinov2_equi.data.augmentations import DataAugmentationDINO
 from dinov2_equi.data.batch import Batch
+from dinov2_equi.data.datasets import channels as channels_module
 from dinov2_equi.data.datasets.base import DatasetError, ImageDataset, UnreadableImageError
 from dinov2_equi.data.datasets.channels import ChannelFormat
 from dinov2_equi.data.datasets.holdout import hold_back
@@ -125,8 +126,7 @@ def build_probe_datasets(train: ImageDataset, holdout: ImageDataset) -> tuple[Im
 
 def channel_format(cfg: Config) -> ChannelFormat | None:
     """Return how images are read channel by channel; None where they are read as RGB."""
-    value_range = _pair(cfg.data.value_range) if cfg.data.value_range else None
-    return None if is_rgb(cfg) else ChannelFormat(cfg.data.in_channels, value_range)
+    return channels_module.channel_format(cfg.data.in_channels, cfg.data.value_range)
 
 
 def _make_dataset(key: str, spec: str, channels: ChannelFormat | None) -> ImageDataset:

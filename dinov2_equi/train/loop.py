@@ -136,12 +136,13 @@ def _run_steps(
     hooks: Sequence[tuple[int, StepHook | None]],
 ) -> None:
     """Run the steps that are left; a hook is called every so many steps."""
-    device = next(state.model.parameters()).device
+    device = state.device
     loader = build.build_loader(cfg, derived, dataset, start_step=state.step, pin_memory=device.type == "cuda")
     schedules = build.build_schedules(cfg, derived)
     steps = GuardedSteps(state, cfg, store=store, device=device, output_dir=output_dir)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(store.waiting_at_the_end())
+        watchdog = stack.enter_context(Watchdog(cfg.train.watchdog_seconds, output_dir, get_rank()).watching())
+        stack.enter_context(store.waiting_at_the_end())  # watched as well
         writer = progress = None
         if is_main_process():
             kept = MetricWriter(output_dir, tensorboard=cfg.logging.tensorboard, start_step=state.step)
@@ -151,7 +152,6 @@ def _run_steps(
         stop = stack.enter_context(StopRequest().listening())
         state.model.train()
         bad_images = BadImageLog(output_dir, cfg.data.max_bad_fraction, is_writer=is_main_process())
-        watchdog = stack.enter_context(Watchdog(cfg.train.watchdog_seconds, output_dir, get_rank()).watching())
         watchdog.beat("waiting for the first images")
         for batch, clock in _timed(loader):
             watchdog.beat(f"in step {state.step}")

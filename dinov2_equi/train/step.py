@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 
 from dinov2_equi.config.schema import Config
 from dinov2_equi.data.batch import Batch
-from dinov2_equi.distributed.collectives import all_reduce_mean, average_gradients_
-from dinov2_equi.distributed.env import get_rank
+from dinov2_equi.distributed.collectives import all_reduce_mean, average_gradients_, gather_values
 from dinov2_equi.fsdp.sharding import is_sharded, whole_tensor
 from dinov2_equi.train.param_groups import apply_schedule_
 from dinov2_equi.train.schedules import StepValues
@@ -55,7 +55,7 @@ def train_step(
     # Means over the ranks: the same on all of them, so that all take the same decision; NaN on one is NaN on all.
     values_of_all = all_reduce_mean(mine)
     scalars = dict(zip(named, values_of_all.tolist(), strict=True))  # one transfer
-    _check_finite(scalars, state.step)
+    _check_finite(scalars, state.step, output.losses.values(), device)
     apply_schedule_(state.optimizer, values)
     state.optimizer.step()
     state.model.update_teacher(output, values.momentum)
@@ -76,9 +76,14 @@ def _clip_gradients(state: TrainState, max_norm: float) -> dict[str, torch.Tenso
     return norms
 
 
-def _check_finite(scalars: dict[str, float], step: int) -> None:
+def _check_finite(scalars: dict[str, float], step: int, losses: Iterable[torch.Tensor], device: torch.device) -> None:
+    """Refuse a step of which a figure is not finite; `losses` are those of this rank."""
     broken = {name: value for name, value in scalars.items() if not math.isfinite(value)}
-    if broken:
-        terms = [f"{name} = {value}" for name, value in broken.items()]
-        further = f" and {len(terms) - _SHOWN_TERMS} more" if len(terms) > _SHOWN_TERMS else ""
-        raise NonFiniteLossError(f"step {step}, rank {get_rank()}: {', '.join(terms[:_SHOWN_TERMS])}{further}")
+    if not broken:
+        return
+    is_mine = not all(bool(loss.isfinite()) for loss in losses)
+    at_fault = [str(rank) for rank, faulty in enumerate(gather_values(is_mine, device)) if faulty]
+    who = f", rank {' and '.join(at_fault)}" if at_fault else ""  # no one's: the gradients alone are broken
+    terms = [f"{name} = {value}" for name, value in broken.items()]
+    further = f" and {len(terms) - _SHOWN_TERMS} more" if len(terms) > _SHOWN_TERMS else ""
+    raise NonFiniteLossError(f"step {step}{who}: {', '.join(terms[:_SHOWN_TERMS])}{further}")

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from dinov2_equi.config.schema import Config
-from dinov2_equi.distributed.collectives import from_main_process
+from dinov2_equi.distributed.collectives import from_main_process, largest_of_ranks
 from dinov2_equi.distributed.env import is_main_process
+from dinov2_equi.fsdp.manifest import CheckpointError
 from dinov2_equi.fsdp.sharding import is_sharded, local_part, rows_of_rank, whole_tensor
 from dinov2_equi.train.sharding import Plan, shard_model_
 from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
@@ -36,12 +37,15 @@ def materialize_sharded_(
         device: where the rows go.
         make_whole: builds the model that the weights are of, on the main process; None leaves them undefined, for a
             checkpoint to fill.
+
+    Raises:
+        CheckpointError: where `make_whole` raises something, on all ranks but the main process, which raises that.
     """
     shard_model_(model, plan)
     model.to_empty(device=device)
     if make_whole is None:
         return
-    source = make_whole().state_dict() if is_main_process() else {}
+    source = _state_of_main(make_whole, device)
     for name, own in model.state_dict().items():
         whole = source[name].to(device) if source else torch.empty(own.shape, dtype=own.dtype, device=device)
         from_main_process(whole)
@@ -50,6 +54,20 @@ def materialize_sharded_(
             local_part(own).copy_(whole[rows.start : rows.stop])
         else:
             own.copy_(whole)
+
+
+def _state_of_main(make_whole: Callable[[], SSLMetaArch], device: torch.device) -> dict[str, Tensor]:
+    """Return the state of the whole model on the main process, nothing on the others; see `materialize_sharded_`."""
+    source: dict[str, Tensor] = {}
+    fault: Exception | None = None
+    if is_main_process():
+        try:
+            source = make_whole().state_dict()
+        except Exception as error:  # raised below, once the others know: they would wait for the weights
+            fault = error
+    if largest_of_ranks(int(fault is not None), device):
+        raise fault or CheckpointError("the main process has no weights to start from; its message says why")
+    return source
 
 
 @torch.no_grad()

@@ -271,7 +271,7 @@ TEACHES_NOTHING: dict[str, str] = {
     "evaluation.max_images": "9",
     "evaluation.best_metric": "r2_rotation",
 }
-"""Keys that decide what a run writes, how fast, and how several processes share it (see `test_sharded_ranks.py`)."""
+"""Keys that decide what a run writes, how fast, and how several processes share it (see `test_ranks.py`)."""
 
 PLACE = {"train.output_dir", "train.device", "train.num_threads", "train.compile"}
 """Where and by what a run is computed and lies; all but the folder may move rounding."""

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dinov2_equi.fsdp.checkpoint import CheckpointStore
@@ -228,23 +229,41 @@ def test_too_many_bad_images_stop_one_process_and_the_others_wait_for_ever(
 
 
 @pytest.mark.parametrize(
-    ("world_size", "strategy"),
+    ("world_size", "strategy", "parts"),
     [
-        (2, "SHARD_GRAD_OP"),
-        (2, "FULL_SHARD"),
-        (4, "hybrid"),
-        pytest.param(4, "SHARD_GRAD_OP", marks=pytest.mark.slow),
-        pytest.param(4, "FULL_SHARD", marks=pytest.mark.slow),
+        (2, "SHARD_GRAD_OP", 1),
+        (2, "FULL_SHARD", 2),
+        (4, "hybrid", 1),
+        pytest.param(4, "SHARD_GRAD_OP", 1, marks=pytest.mark.slow),
+        pytest.param(4, "FULL_SHARD", 1, marks=pytest.mark.slow),
     ],
 )
 def test_sharded_parameters_make_another_run(
-    world_size: int, strategy: str, single: Callable[[str], Path], tmp_path: Path, lean_run: Run
+    world_size: int, strategy: str, parts: int, single: Callable[[str], Path], tmp_path: Path, lean_run: Run
 ) -> None:
     words = (*with_centering("sinkhorn_knopp"), *sharded(strategy))
-    assert run_on(world_size, lean_run, tmp_path, *words) == [0] * world_size
+    assert run_on(world_size, lean_run, tmp_path, *words, parts=parts) == [0] * world_size
     assert_same_run(single("sinkhorn_knopp"), tmp_path)
     names = {path.name for path in (tmp_path / "checkpoints" / "step_00000020").glob("model*")}
     assert names == {f"model-{rank:05d}-of-{world_size:05d}.safetensors" for rank in range(world_size)}
+
+
+def test_pictures_an_evaluation_and_a_save_after_one_step_wait_for_each_other(tmp_path: Path, debug_run: Run) -> None:
+    words = ("train.async_checkpoint=true", "logging.pictures_every_steps=10", "evaluation.eval_period_iterations=10")
+    words = (*sharded("SHARD_GRAD_OP"), EVERY_10, "train.batch_size_per_gpu=4", "logging.report=false", *words)
+    assert exit_codes(launch_ranks(2, lambda: debug_run(tmp_path, *words))) == [0, 0]
+    store = CheckpointStore(tmp_path / "checkpoints", read_only=True)
+    assert store.steps() == [10, 20] and store.load(10).step == 10
+    assert (tmp_path / "eval" / "training_9" / "teacher_checkpoint.pth").is_file()
+
+
+def test_weights_that_the_main_process_cannot_read_leave_the_others_waiting(tmp_path: Path, lean_run: Run) -> None:
+    damaged = tmp_path / "weights.pth"
+    save_file({"cls_token": torch.zeros(1, 1, 7)}, damaged.with_suffix(".safetensors"))
+    started = time.monotonic()
+    words = (*sharded("SHARD_GRAD_OP"), f"student.pretrained_weights={damaged.with_suffix('.safetensors')}")
+    codes = exit_codes(launch_ranks(2, lambda: lean_run(tmp_path / "run", *words)))
+    assert codes == [2, 2] and time.monotonic() - started < 60
 
 
 def test_a_process_that_hangs_is_waited_for_without_end(

@@ -116,7 +116,8 @@ class ArrowImages(EncodedImages):
             return None, []
         columns = [table.column(self._label).to_numpy() for table in self._tables()]
         labels = np.concatenate(columns)
-        names = self._features[self._label].get("names")
+        feature = self._features[self._label]
+        names = feature.get("names") if isinstance(feature, dict) else None
         if labels.dtype.kind not in "iu" or labels.min() < 0:  # missing ones turn whole numbers into others
             return None, []
         if names:
@@ -144,7 +145,9 @@ def _folder_of_split(folder: Path, split: str | None) -> Path:
 
 
 def _image_column(features: dict[str, Any], column: str | None, folder: Path) -> str:
-    images = [name for name, feature in features.items() if feature.get("_type") == "Image"]
+    images = [
+        name for name, feature in features.items() if isinstance(feature, dict) and feature.get("_type") == "Image"
+    ]
     if column is not None and column not in features:
         nearest = difflib.get_close_matches(column, features, n=1)
         hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""

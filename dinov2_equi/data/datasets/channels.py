@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ ARRAY_SUFFIXES = (".npy",)
 
 _NPY_START = b"\x93NUMPY"
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: of more than 4 GiB
-_START_BYTES = 8
+_PNG_START, _PNG_DEPTH = b"\x89PNG", 24  # where the header says how many bits a value has
+_START_BYTES = 32
 _SLACK = 1e-3  # beyond 0 to 1: rounding of whoever has scaled the values
 RGB_CHANNELS = 3
 
@@ -44,6 +46,32 @@ class ChannelFormat:
     value_range: tuple[float, float] | None = None
     """Values that become 0 and 1; what lies outside is cut off. None: the range of the type for 8 and 16 bits without
     sign, and floating-point values must be in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            DatasetError: There is no channel, or no value between those that become 0 and 1.
+        """
+        if self.num_channels < 1:
+            raise DatasetError(f"in_channels must be at least 1; got {self.num_channels}")
+        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
+            raise DatasetError(f"value_range must go from a lower value to a higher one; got {self.value_range}")
+
+
+def channel_format(in_channels: int, value_range: Sequence[float] | None) -> ChannelFormat | None:
+    """Return how images are read with these settings; None: as photographs, made RGB.
+
+    Args:
+        in_channels: `data.in_channels`.
+        value_range: `data.value_range`; None or empty: not given.
+
+    Raises:
+        DatasetError: See `ChannelFormat`.
+    """
+    if in_channels == RGB_CHANNELS and not value_range:
+        return None
+    return ChannelFormat(in_channels, (value_range[0], value_range[1]) if value_range else None)
 
 
 class ChannelImages(View[EncodedImages]):
@@ -144,8 +172,8 @@ def _read_values(encoded: Path | bytes) -> Values:
     with Image.open(source) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} at most")
-        if image.format == "PNG" and image.mode in ("RGB", "RGBA", "LA"):
-            return _read_png(encoded)  # Pillow makes 8 bits of 16
+        if start.startswith(_PNG_START) and start[_PNG_DEPTH] == 16 and image.mode in ("RGB", "RGBA", "LA"):
+            return _read_png(encoded, is_grey=image.mode == "LA")  # Pillow makes 8 bits of 16
         num_frames = int(getattr(image, "n_frames", 1))
         if image.format == "TIFF" and num_frames > 1:
             return np.stack([_pillow_values(image, frame) for frame in range(num_frames)])
@@ -158,13 +186,14 @@ def _pillow_values(image: Image.Image, frame: int) -> Values:
     return np.asarray(image)
 
 
-def _read_png(encoded: Path | bytes) -> Values:
+def _read_png(encoded: Path | bytes, *, is_grey: bool) -> Values:
     content = encoded if isinstance(encoded, bytes) else encoded.read_bytes()
     values = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None:
         raise ValueError("the PNG is damaged")
     if values.ndim == 3:  # blue, green, red, and perhaps alpha
-        values = values[:, :, [2, 1, 0, 3][: values.shape[2]]]
+        # OpenCV makes three equal channels of a grey one with alpha.
+        values = values[:, :, [0, 3] if is_grey else [2, 1, 0, 3][: values.shape[2]]]
     return np.asarray(values)
 
 
@@ -210,7 +239,7 @@ def _scaled(values: Values, value_range: tuple[float, float] | None) -> Tensor:
     if value_range is not None:
         low, high = value_range
         image = np.nan_to_num((image - np.float32(low)) / np.float32(high - low), nan=0.0).clip(0, 1)
-    elif values.dtype in (np.uint8, np.uint16):
+    elif values.dtype.kind == "u" and values.dtype.itemsize <= 2:  # in either order of the bytes
         image /= np.float32(np.iinfo(values.dtype).max)
     else:
         image = np.nan_to_num(image, nan=0.0, posinf=np.inf)

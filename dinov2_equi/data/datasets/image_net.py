@@ -77,7 +77,7 @@ def _read_extra(
             template.format(id=id_, number=number) for id_, number in zip(ids, numbers, strict=True)
         )
         targets = entries["class_index"].astype(np.int32)
-    except (OSError, ValueError, IndexError) as error:
+    except (OSError, ValueError, IndexError, EOFError) as error:
         raise DatasetError(f"{files[0]} and the files beside it cannot be read: {error}. Delete them") from error
     count = min(_LOOKED_FOR, len(paths))
     if not any((folder / paths[place * len(paths) // count]).is_file() for place in range(count)):

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_BUFFER = 8
 _ATTEMPTS = 3
+_COARSE_S = 0.1  # by which a file system's clock may be behind
 _SHOWN = 300  # characters of what a command says
 
 
@@ -71,7 +72,7 @@ class PipedShards(TarShards):
         shown = track(numbers, f"Indexing {len(numbers)} shards", console=get_console(), transient=True)
         parts, sizes = [], []
         for number in shown:
-            file = self._cache.fetch(number)
+            file = self._cache.fetch(number, is_new=True)
             parts.append(scan_shard(number, file, suffixes))
             sizes.append(file.stat().st_size)
         return {**join_scans(parts), "shard_bytes": np.array(sizes, np.int64)}
@@ -103,6 +104,7 @@ class _ShardCache:
         self.expected: list[int] = []
         """Bytes of each shard when it was indexed; empty before."""
         self._capacity = capacity
+        self._began = time.time() - _COARSE_S
         name = hashlib.sha256("\n".join(commands).encode()).hexdigest()[:16]
         self._folder = Path(tempfile.gettempdir()) / f"dinov2_equi_shards_{os.getuid()}" / name
 
@@ -112,21 +114,37 @@ class _ShardCache:
             with contextlib.suppress(FileNotFoundError):  # deleted between the two: fetched again
                 return os.open(self.fetch(shard), os.O_RDONLY)
 
-    def fetch(self, shard: int) -> Path:
-        """Return the file of a shard; where it is not there, its command is run, by one process at a time."""
+    def fetch(self, shard: int, *, is_new: bool = False) -> Path:
+        """Return the file of a shard; where it is not there, its command is run, by one process at a time.
+
+        Args:
+            shard: Number of the command.
+            is_new: Take no file that was there when this process began: the shard is to be indexed as it is now.
+        """
         file = self._folder / f"{shard:06d}.tar"
-        if not file.is_file():
+        if not self._is_there(file, shard, is_new):
             self._folder.mkdir(parents=True, exist_ok=True)
             with _locked(self._folder / f"{shard:06d}.lock"):
-                if not file.is_file():
+                if not self._is_there(file, shard, is_new):
                     self._run(shard, file)
                     self._make_place(file)
         with contextlib.suppress(FileNotFoundError):
             os.utime(file)
         return file
 
+    def _is_there(self, file: Path, shard: int, is_new: bool) -> bool:
+        try:
+            facts = file.stat()
+        except FileNotFoundError:
+            return False
+        if is_new and facts.st_mtime < self._began:
+            return False
+        return not self.expected or facts.st_size == self.expected[shard]
+
     def _run(self, shard: int, file: Path) -> None:
-        pending = file.with_suffix(f".{os.getpid()}.tmp")
+        pending = file.with_suffix(".tmp")
+        # What a killed process has left; its command, which may still run, writes into a file without a name.
+        pending.unlink(missing_ok=True)
         for attempt in range(1, _ATTEMPTS + 1):
             with pending.open("wb") as output:
                 done = subprocess.run(
@@ -146,7 +164,7 @@ class _ShardCache:
             pending.unlink()
             raise DatasetError(
                 f"the command {self.commands[shard]!r} wrote {size} bytes, and {self.expected[shard]} when its index "
-                "was made: the shard has changed. Give it another name, or delete the index in ~/.cache/dinov2_equi"
+                "was made: the shard has changed. Give it another name, or delete ~/.cache/dinov2_equi: it is made anew"
             )
         pending.rename(file)
 

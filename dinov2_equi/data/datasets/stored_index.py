@@ -54,7 +54,7 @@ def load_index(
                 if is_sound(arrays):
                     return arrays
                 logger.info("the index %s is out of date and is written anew", place)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, EOFError) as error:
                 logger.warning("the index %s cannot be read (%s) and is written anew", place, error)
     return None
 

@@ -35,9 +35,9 @@ def bits(tensor: torch.Tensor, full: int = 65535) -> np.ndarray:
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.dtype(">u2")])
 def test_npy_of_either_layout_keeps_every_value(tmp_path: Path, dtype: type, channels_last: bool) -> None:
-    values = values_of((5, 9, 12), dtype)
+    values = values_of((5, 9, 12), np.dtype(dtype).newbyteorder("=").type).astype(dtype)
     np.save(tmp_path / "x.npy", values.transpose(1, 2, 0) if channels_last else values)
     assert np.array_equal(bits(tensor_of(tmp_path / "x.npy", 5), np.iinfo(dtype).max), values)
 

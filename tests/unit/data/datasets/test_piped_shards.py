@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -55,8 +57,7 @@ def shards(tmp_path: Path) -> Path:
 
 def piped(shards: Path, buffer: int = 2) -> PipedShards:
     """Return the shards through a pipe that notes each time it is run."""
-    command = f"pipe:echo {{00..05}} >> {shards}/log; cat {shards}/{{00..05}}.tar:buffer={buffer}"
-    dataset = make_dataset(command.replace("{00..05}.tar", "$(tail -1 " + str(shards) + "/log).tar"))
+    dataset = make_dataset(f"pipe:n={{00..05}}; echo $n >> {shards}/log; cat {shards}/$n.tar:buffer={buffer}")
     assert isinstance(dataset, PipedShards)
     return dataset
 
@@ -160,3 +161,23 @@ def test_a_shard_that_changed_since_it_was_indexed_is_refused(shards: Path, plac
         file.write(bytes(512))
     with pytest.raises(DatasetError, match="the shard has changed"):
         dataset.load(9)
+
+
+def test_a_shard_that_changed_is_indexed_as_it_was_before(shards: Path, tmp_path: Path, places: Path) -> None:
+    assert len(piped(shards)) == 24
+    (shards / "02.tar").write_bytes((shards / "03.tar").read_bytes() + (bytes(10240)))
+    with tarfile.open(shards / "02.tar", "a") as tar:
+        tar.add(shards / "log", "more.png")
+    for file in (places / "tmp").rglob("*.tar"):
+        os.utime(file, (0, 0))  # of a run long ago
+    shutil.rmtree(tmp_path / "cache")  # as the message says
+    assert len(piped(shards)) == 25
+
+
+def test_a_killed_process_leaves_half_a_shard_for_ever(shards: Path, places: Path) -> None:
+    piped(shards)
+    (folder,) = (places / "tmp").glob("*/*")
+    (folder / "000002.tmp").write_bytes(b"half a shard")
+    (folder / "000002.tar").unlink()
+    assert len(colours(piped(shards), 6)) == 24
+    assert not list(folder.glob("*.tmp"))

@@ -116,7 +116,12 @@ def test_a_flat_folder_and_other_suffixes_have_indices_of_their_own(tmp_path: Pa
 def test_a_damaged_index_is_written_anew(photos: Path, cache: Path) -> None:
     ImageFolder(photos)
     (place,) = cache.iterdir()
-    for damage in (lambda file: file.write_bytes(b"nothing"), Path.unlink, lambda file: np.save(file, np.zeros(1))):
+    for damage in (
+        lambda file: file.write_bytes(b"nothing"),
+        lambda file: file.write_bytes(b""),
+        Path.unlink,
+        lambda file: np.save(file, np.zeros(1)),
+    ):
         damage(place / "bytes.npy")
         assert len(ImageFolder(photos)) == 3
     assert [path.name for path in cache.iterdir()] == [place.name]

@@ -62,11 +62,11 @@ class BackbonePass:
         if num_parts == 1:
             self.features = self._run(crops, masks)
             return
-        self._random = random_state(crops[0].device)
+        self._random = device_random_state(crops[0].device)
         outputs = []
         with torch.no_grad():
             for part in self._parts:
-                set_random_state(self._random, crops[0].device)
+                set_device_random_state(self._random, crops[0].device)
                 with _announced(backbone, part):
                     outputs.append(self._run_part(part))
         joined = [_join(tensors, self._parts[0].images) for tensors in zip(*outputs, strict=True)]
@@ -83,7 +83,7 @@ class BackbonePass:
         device = self._crops[0].device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for part in self._parts:
-                set_random_state(self._random, device)
+                set_device_random_state(self._random, device)
                 with _announced(self._backbone, part):  # also backwards: blocks may run again there
                     self._backward_part(part)
 
@@ -143,13 +143,13 @@ def _named(tensors: Sequence[Tensor], num_sizes: int, num_blocks: int) -> list[F
     return [first, *({_CLS: tensor} for tensor in others)]
 
 
-def random_state(device: torch.device) -> Tensor:
+def device_random_state(device: torch.device) -> Tensor:
     """Return the state of the random generator of a device, from which stochastic depth draws."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def set_random_state(state: Tensor, device: torch.device) -> None:
-    """Put back what `random_state` returned for the device."""
+def set_device_random_state(state: Tensor, device: torch.device) -> None:
+    """Put back what `device_random_state` returned for the device."""
     if device.type == "cuda":
         torch.cuda.set_rng_state(state, device)
     else:

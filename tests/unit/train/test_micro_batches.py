@@ -13,7 +13,7 @@ from dinov2_equi.config.schema import Config
 from dinov2_equi.data.batch import Batch
 from dinov2_equi.layers.block import Block, MicroBatch, draw_subset
 from dinov2_equi.train.acceleration import checkpoint_activations_, compile_blocks_
-from dinov2_equi.train.micro_batches import random_state
+from dinov2_equi.train.micro_batches import device_random_state
 from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
 
 MakeConfig = Callable[..., Config]
@@ -36,7 +36,7 @@ def step(
     torch.manual_seed(2)
     output = model.forward_backward(make_batch(cfg), teacher_temp=0.05, diagnose=True)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return model, output.losses | output.metrics, gradients, random_state(CPU)
+    return model, output.losses | output.metrics, gradients, device_random_state(CPU)
 
 
 @pytest.mark.parametrize("parts", [2, 8])

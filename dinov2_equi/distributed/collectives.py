@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -137,11 +138,22 @@ def gather_values(value: Any, device: torch.device | str) -> list[Any]:
     lengths = [part.view(torch.int64) for part in gather_bytes(_as_bytes(len(own).to_bytes(8, sys.byteorder)), device)]
     longest = max(int(length) for length in lengths)
     parts = gather_bytes(_as_bytes(own.ljust(longest)), device)
-    return [json.loads(bytes(part.tolist()[: int(length)])) for part, length in zip(parts, lengths, strict=True)]
+    return [json.loads(part[: int(length)].numpy().tobytes()) for part, length in zip(parts, lengths, strict=True)]
 
 
 def _as_bytes(text: bytes) -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def gather_shares(values: Sequence[Any], device: torch.device | str) -> list[Any]:
+    """Return what the ranks found of their shares, on every rank, in the order of the whole; see `share_of_rank`.
+
+    Args:
+        values: what JSON can hold and is not None, one for each item of this rank's share.
+        device: where the process group communicates.
+    """
+    shares = gather_values(list(values), device)
+    return [value for group in zip_longest(*shares) for value in group if value is not None]
 
 
 def largest_of_ranks(value: int, device: torch.device | str) -> int:

@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
 from dinov2_equi.data.datasets.base import ImageDataset
+from dinov2_equi.data.signals import start_worker
 from dinov2_equi.distributed.collectives import (
     all_reduce_mean,
     average_gradients_,
-    gather_values,
+    gather_shares,
     largest_of_ranks,
     wait_for_all_ranks,
 )
@@ -360,7 +360,8 @@ def measure_homography(
     pairs = pairs_to_measure(test, settings)
     share = Subset(pairs, share_of_rank(len(pairs)))
     predicted, shifts = [], []
-    for first, second, truth, _ in DataLoader(share, settings.batch_size, num_workers=num_workers):
+    loader = DataLoader(share, settings.batch_size, num_workers=num_workers, worker_init_fn=start_worker)
+    for first, second, truth, _ in loader:
         predicted.append(net(first.to(device), second.to(device)).cpu())
         shifts.append(truth)
     found, true = (_of_all_ranks(parts, device) for parts in (predicted, shifts))
@@ -369,9 +370,7 @@ def measure_homography(
 
 def _of_all_ranks(parts: list[Tensor], device: torch.device | str) -> Tensor:
     """Return the rows [n, 4, 2] of all processes in the order of the pairs."""
-    shares = gather_values([row for part in parts for row in part.tolist()], device)
-    rows = [row for group in zip_longest(*shares) for row in group if row is not None]
-    return torch.tensor(rows)
+    return torch.tensor(gather_shares([row for part in parts for row in part.tolist()], device))
 
 
 def pairs_to_measure(images: ImageDataset, settings: HomographySettings) -> HomographyPairs:

@@ -219,7 +219,7 @@ def score_clip(
         clip: with the known masks.
         masks: a predicted mask [H, W] of each frame that is not done.
         metric: one of `METRICS`.
-        on_mask: called with the number of each frame and its predicted mask, before the frame counts as done.
+        on_mask: called with the number of each frame and its predicted mask, once the frame counts as done.
         state: kept up to date; where frames are done, `masks` are of the next ones.
 
     Raises:
@@ -333,6 +333,8 @@ def _restored_state(store: CheckpointStore, clip: VideoClip, metric: str, key: s
         return new_state(clip, metric)
     checkpoint = store.load()
     if checkpoint.state["key"] != key:
+        shutil.rmtree(store.directory)  # later steps of it would be preferred to those of the clip that begins now
+        store.directory.mkdir()
         return new_state(clip, metric)
     labels = {int(number): soft for number, soft in checkpoint.tensors["labels"].items()}
     return ClipState(_as_record(checkpoint.state["record"], metric), checkpoint.step, labels)

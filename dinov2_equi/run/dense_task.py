@@ -120,13 +120,9 @@ class DenseTask(ABC, Generic[SettingsT, DataT, ModelT]):
 
 
 AnyTask = DenseTask[Any, Any, Any]
-Command = Callable[[AnyTask, argparse.Namespace], str]
-"""Runs a task in every process and returns its table."""
 
 
-def run_dense_task(
-    task: AnyTask, description: str | None, script: Path, argv: Sequence[str] | None, command: Command | None = None
-) -> int:
+def run_dense_task(task: AnyTask, description: str | None, script: Path, argv: Sequence[str] | None) -> int:
     """Run the command of a task and return its exit code; a fault of the input ends in one line on stderr.
 
     Args:
@@ -134,12 +130,10 @@ def run_dense_task(
         description: of the script, as its docstring.
         script: its file.
         argv: the words of the command; None: those of this process.
-        command: runs the task in place of `train_and_measure`, for another framework; returns the text of its table.
     """
-    run = command or train_and_measure
 
     def here(args: argparse.Namespace) -> int:
-        shown = run(task, args)
+        shown = train_and_measure(task, args)
         if is_main_process():
             print(shown)
             print(f"written: {args.output / RESULTS_FILE}, {args.output / PICTURE_FILE}")
@@ -211,23 +205,21 @@ def train_and_measure(task: AnyTask, args: argparse.Namespace) -> str:
         with shown_progress(len(val)) as progress:
 
             def advance() -> None:
-                _stop_if_asked(stop, settings.steps)
+                if get_world_size() == 1:  # of several, one would leave the others waiting for what it has measured
+                    _stop_if_asked(stop.signal, settings.steps)
                 progress.update(min(progress.steps_done + get_world_size(), len(val)))
 
             found = task.evaluate(model, val, settings, advance)
+        _stop_if_asked(largest_of_ranks(stop.signal, args.device), settings.steps)
         found |= task.baselines(train_set, val, args.device)
     if is_main_process():
-        shown = (
-            launch.described(args)
-            | {"num_train_images": len(train_set), "recipe": dataclasses.asdict(settings)}
-            | facts
-        )
+        recipe = {"num_train_images": len(train_set), "recipe": dataclasses.asdict(settings)}
         write_results(
             args.output / RESULTS_FILE,
             {backbone.name: found | {"train_loss": loss_curve(history)}},
             task=task.name,
             seed=settings.seed,
-            settings=shown | {"num_train_images": len(train_set), "recipe": dataclasses.asdict(settings)},
+            settings=launch.described(args) | recipe | facts,
         )
         (args.output / PICTURE_FILE).write_bytes(figure_png(task.figure(args, model, val, settings)))
     wait_for_all_ranks()
@@ -265,13 +257,13 @@ def _train(
         )
     if len(history) < settings.steps:
         raise RunStopped(largest_of_ranks(stop.signal, args.device), len(history))
-    _stop_if_asked(stop, settings.steps)
+    _stop_if_asked(largest_of_ranks(stop.signal, args.device), settings.steps)
     return history
 
 
-def _stop_if_asked(stop: StopRequest, step: int) -> None:
-    if stop.signal:
-        raise RunStopped(stop.signal, step)
+def _stop_if_asked(signal: int, step: int) -> None:
+    if signal:
+        raise RunStopped(signal, step)
 
 
 def training_identity(

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from dinov2_equi.data.datasets.base import DatasetError
 from dinov2_equi.data.datasets.video_clips import VideoClip, choose_clips, davis_clips, folder_clips, vip_clips
-from dinov2_equi.distributed.collectives import wait_for_all_ranks
+from dinov2_equi.distributed.collectives import largest_of_ranks
 from dinov2_equi.distributed.env import get_rank, is_main_process, share_of_rank
 from dinov2_equi.evaluation.dense_features import DENSE_FEATURES, check_features
 from dinov2_equi.evaluation.eval_model import EvalModel
@@ -150,9 +150,15 @@ def measure_model(
         folder = args.output / folder_name(model.name)
         return measure_clip(model, clip, settings, folder, identity=identity, device=args.device, on_frame=on_frame)
 
-    for number in share_of_rank(len(clips)):
-        measure(clips[number], on_frame)
-    wait_for_all_ranks()
+    stopped_by = 0
+    try:
+        for number in share_of_rank(len(clips)):
+            measure(clips[number], on_frame)
+    except RunStopped as stopped:
+        stopped_by = stopped.signal
+    stopped_by = largest_of_ranks(stopped_by, args.device)  # as soon as all are done or stopped
+    if stopped_by:
+        raise RunStopped(stopped_by)
     records = [measure(clip) for clip in clips]  # all are finished
     model.to("cpu")
     return records

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torchvision.ops.poolers import initLevelMapper
 from torchvision.transforms import v2
 
 from dinov2_equi.data.datasets.coco import DetectionSet
-from dinov2_equi.distributed.collectives import gather_values
+from dinov2_equi.distributed.collectives import gather_shares
 from dinov2_equi.distributed.env import share_of_rank
 from dinov2_equi.evaluation.dense.detection_metrics import BOX, MASK, Detection, as_detections, average_precision
 from dinov2_equi.evaluation.dense.feature_pyramid import SimpleFeaturePyramid
@@ -276,8 +275,7 @@ def evaluate_detection(
         ImportError: without pycocotools.
     """
     device = next(model.pyramid.levels.parameters()).device
-    shares = gather_values(list(detections(model, dataset, on_image)), device)
-    found = [entry for images in zip_longest(*shares, fillvalue=[]) for image in images for entry in image]
+    found = [entry for image in gather_shares(list(detections(model, dataset, on_image)), device) for entry in image]
     numbers: dict[str, Any] = {"num_images": len(dataset), "num_detections": len(found)}
     numbers["box"] = average_precision(dataset, found, BOX)
     if settings.has_masks and dataset.has_masks:

@@ -34,6 +34,7 @@ from dinov2_equi.evaluation.video_segmentation import (
     summarise,
     write_record,
 )
+from dinov2_equi.fsdp.checkpoint import CheckpointStore
 
 H, W = 32, 52  # not square, and not in whole patches of 3
 COUNT = 5
@@ -210,6 +211,32 @@ def test_a_long_clip_is_read_from_its_start_after_a_stop(
     before = len(model.backbone.seen)  # type: ignore[arg-type]
     measure_clip(model, long, settings, tmp_path, **options)
     assert len(model.backbone.seen) - before == 1 + 2 + 4  # type: ignore[arg-type]
+
+
+def test_a_clip_stopped_with_other_settings_is_preferred_to_this_one_at_each_stop(
+    tmp_path: Path, model: EvalModel, clip: VideoClip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(video_segmentation, "SAVE_EVERY", 2)
+    assert clip.masks[0] is not None
+    long = VideoClip("long", clip.frames[:1] * 12, clip.masks[:1] * 12)
+    options = {"identity": backbone_identity(model)}
+
+    def measure(settings: VideoSettings, stop_after: int) -> None:
+        done: list[int] = []
+
+        def stop() -> None:
+            done.append(1)
+            if len(done) == stop_after:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            measure_clip(model, long, settings, tmp_path, on_frame=stop, **options)
+
+    measure(SETTINGS, 9)
+    other = replace(SETTINGS, propagation=PropagationSettings(radius=1))
+    measure(other, 5)
+    (place,) = (tmp_path / "partial").iterdir()
+    assert CheckpointStore(place, read_only=True).steps() == [4]
 
 
 def test_memory_grows_with_the_length_of_a_clip(model: EvalModel, clip: VideoClip) -> None:

@@ -67,8 +67,7 @@ class MaskRecipe:
             for image, position in enumerate(positions):
                 if size := int(sizes[crop * self.step_size + position - first]):
                     masks[crop, image] = torch.from_numpy(self._shape(size, position * num_crops + crop)).flatten()
-        masks = masks.flatten(0, 1)  # [G*B, N]
-        return {"masks": masks, "mask_indices": masks.flatten().nonzero().flatten(), "mask_weights": _weights(masks)}
+        return _with_indices(masks.flatten(0, 1))
 
     def _shape(self, size: int, crop_number: int) -> npt.NDArray[np.bool_]:
         return self.generator(size, random_generator(RandomStream.MASK_SHAPES, self.seed, crop_number))
@@ -86,6 +85,24 @@ def collate(samples: Sequence[Sample], masks: MaskRecipe) -> Batch:
     )
 
 
+def join(batches: Sequence[Batch]) -> Batch:
+    """Return the batches of all ranks, of equal sizes and in their order, as the one of a single process."""
+    masks = _join_crop_major([batch.masks for batch in batches], batches)
+    return Batch(
+        global_crops=_join_crop_major([batch.global_crops for batch in batches], batches),
+        local_crops=_join_crop_major([batch.local_crops for batch in batches], batches),
+        positions=torch.cat([batch.positions for batch in batches]),
+        bad_images=tuple(image for batch in batches for image in batch.bad_images),
+        **_with_indices(masks),
+    )
+
+
+def _join_crop_major(parts: Sequence[Tensor], batches: Sequence[Batch]) -> Tensor:
+    """Return [V*B, ...] of tensors [V*b, ...] with b images each."""
+    views = [part.unflatten(0, (-1, batch.batch_size)) for part, batch in zip(parts, batches, strict=True)]
+    return torch.cat(views, dim=1).flatten(0, 1)
+
+
 def collate_sources(
     samples: Sequence[SourceSample], masks: MaskRecipe, *, global_size: tuple[int, int], local_size: tuple[int, int]
 ) -> SourceBatch:
@@ -99,6 +116,11 @@ def collate_sources(
         bad_images=_bad_images(samples),
         **masks.draw([sample.position for sample in samples], len(samples[0].choices.global_crops)),
     )
+
+
+def _with_indices(masks: Tensor) -> dict[str, Tensor]:
+    """Return masks [G*B, N] with the indices and weights that belong to them."""
+    return {"masks": masks, "mask_indices": masks.flatten().nonzero().flatten(), "mask_weights": _weights(masks)}
 
 
 def _positions(samples: Sequence[Sample] | Sequence[SourceSample]) -> Tensor:

@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -133,6 +133,7 @@ class CheckpointStore:
         tensors: Mapping[str, Mapping[str, Tensor]],
         state: Mapping[str, Any],
         *,
+        own: Collection[str] = (),
         in_background: bool = False,
     ) -> Path:
         """Write a checkpoint, remove those beyond ``keep`` and return the new directory.
@@ -145,6 +146,7 @@ class CheckpointStore:
             tensors: sets of tensors by file name without its ending, for example ``{"student": {...}}``; any device
                 and dtype, stored as they are.
             state: everything else, as JSON values with string keys.
+            own: names of the sets that this rank alone has and writes, such as its images.
             in_background: return once the tensors are copied; a thread writes the copies. The checkpoint is there after
                 ``wait``, which also every next call of ``save`` or ``load`` begins with: one at most is on its way.
 
@@ -160,7 +162,7 @@ class CheckpointStore:
         _check_names(step, tensors)
         state_text = json.dumps(state, indent=1) + "\n"
         check_json_size(STATE_NAME, len(state_text.encode()))
-        parts = {name: part_of_rank(values, is_main=self._is_main) for name, values in tensors.items()}
+        parts = {name: part_of_rank(v, is_main=self._is_main or name in own) for name, v in tensors.items()}
         if in_background:
             parts = {name: self._copied(name, part) for name, part in parts.items()}
             self._job = BackgroundJob(lambda: self._write(step, parts, state_text))
@@ -251,8 +253,8 @@ class CheckpointStore:
         """Write the files of this rank and flush them; return their entries in the manifest."""
         entries = {}
         for name, part in parts.items():
-            if not part.is_shared and not self._is_main:
-                continue
+            if not (part.is_shared or part.tensors or self._is_main):
+                continue  # whole tensors of all ranks: the main process writes them
             if part.is_shared:
                 assert self._ranks is not None, "sharded tensors are saved by all ranks together"
                 path = partial / f"{part_stem(name, self._ranks.rank, self._ranks.size)}{TENSOR_SUFFIX}"

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dinov2_equi.config.schema import Config
 from dinov2_equi.data.batch import Batch
-from dinov2_equi.distributed.env import get_world_size
 from dinov2_equi.fsdp.checkpoint import CheckpointStore
 from dinov2_equi.train.replay import write_bundle
 from dinov2_equi.train.schedules import StepValues
@@ -88,8 +87,7 @@ class GuardedSteps:
 
     def _stop(self, error: NonFiniteLossError, batch: Batch, rng: dict[str, Tensor], teacher_temp: float) -> None:
         bundle = write_bundle(self._output_dir, self._state, self._cfg, batch=batch, rng=rng, teacher_temp=teacher_temp)
-        whose = "" if get_world_size() == 1 else ", which has the images of rank 0 alone"
-        where = f". To look at it: python scripts/replay.py {bundle}{whose}"
+        where = f". To look at it: python scripts/replay.py {bundle}"
         tried = "there is no checkpoint yet"
         if self._tried is not None:
             tried = f"going back to the checkpoint of step {self._tried} did not help"

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from dinov2_equi.config.load import to_yaml
 from dinov2_equi.config.schema import Config
 from dinov2_equi.data.batch import Batch
-from dinov2_equi.distributed.env import is_main_process
+from dinov2_equi.data.collate import join
+from dinov2_equi.distributed.env import get_rank, is_main_process
 from dinov2_equi.distributed.rank_group import rank_group
-from dinov2_equi.fsdp.checkpoint import CheckpointStore, read_checkpoint
+from dinov2_equi.fsdp.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
 from dinov2_equi.fsdp.manifest import CheckpointError
 from dinov2_equi.models.weights import load_exact
 from dinov2_equi.train.settings import load_run_config
@@ -24,6 +25,7 @@ from dinov2_equi.train.state import TrainState, set_random_state
 
 FOLDER = "replay"
 CONFIG = "config.yaml"
+BATCH = "batch"
 
 
 def write_bundle(
@@ -37,19 +39,16 @@ def write_bundle(
         output_dir: the run's folder.
         state: the run; a step that is not finite leaves the weights as they were before it.
         cfg: its configuration.
-        batch: what the step was given; that of the main process is written.
-        rng: the random state before the step, of `random_state`.
+        batch: what the step was given on this rank; those of all ranks are written.
+        rng: the random state before the step, of `random_state`; that of the main process is written.
         teacher_temp: temperature of the teacher's softmax in the step.
     """
     store = CheckpointStore(output_dir / FOLDER, keep=1, ranks=rank_group())
     if is_main_process():
         (output_dir / FOLDER / CONFIG).write_text(to_yaml(cfg), encoding="utf-8")
-    tensors = {
-        "model": state.model.state_dict(),
-        "batch": batch.tensors(),
-        "rng": rng,
-    }
-    return store.save(state.step, tensors, {"teacher_temp": teacher_temp})
+    mine = f"{BATCH}_{get_rank()}"
+    tensors = {"model": state.model.state_dict(), mine: batch.tensors(), "rng": rng}
+    return store.save(state.step, tensors, {"teacher_temp": teacher_temp}, own=[mine])
 
 
 @dataclass(frozen=True)
@@ -76,27 +75,39 @@ class Replay:
 def replay_step(bundle: Path, device: torch.device) -> Replay:
     """Run the step of a bundle again, up to its gradients.
 
+    The images of several ranks pass as one batch: losses and gradients are theirs to the order of sums, but for
+    stochastic depth, of which each rank drew its own.
+
     Raises:
         CheckpointError: if the bundle is damaged or is none.
         OSError: if there is nothing at this path.
     """
     content = read_checkpoint(bundle)
-    if not {"model", "batch", "rng"} <= content.tensors.keys():
+    batches = [Batch(**_tensors(content, name)) for name in _names_of_batches(content)]
+    if not batches or not {"model", "rng"} <= content.tensors.keys():
         raise CheckpointError(f"{bundle} is a checkpoint, and no bundle of a step: give RUN/{FOLDER}/step_N")
     cfg = load_run_config([bundle.parent / CONFIG], [])
     model = SSLMetaArch(cfg)
     load_exact(model, content.tensors["model"])
     model.to(device).train()
     set_random_state(dict(content.tensors["rng"]))
-    tensors: dict[str, Any] = dict(content.tensors["batch"])
-    batch = Batch(**tensors).to(device)
     broken: list[str] = []
     for name, module in model.named_modules():
         module.register_forward_hook(_note_if_broken(name, broken))
-    output = model.forward_backward(batch, teacher_temp=float(content.state["teacher_temp"]))
+    output = model.forward_backward(join(batches).to(device), teacher_temp=float(content.state["teacher_temp"]))
     gradients = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     losses = {name: float(value) for name, value in output.losses.items()}
     return Replay(losses, broken[0] if broken else None, gradients)
+
+
+def _names_of_batches(content: Checkpoint) -> list[str]:
+    """Return the names of the sets that hold the batches of the ranks, in their order."""
+    found = [name for name in content.tensors if name.startswith(f"{BATCH}_")]
+    return sorted(found, key=lambda name: int(name.rpartition("_")[2]))
+
+
+def _tensors(content: Checkpoint, name: str) -> dict[str, Any]:
+    return dict(content.tensors[name])
 
 
 def _note_if_broken(name: str, broken: list[str]) -> Callable[[nn.Module, Any, Any], None]:

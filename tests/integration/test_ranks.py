@@ -4,6 +4,7 @@ on another number."""
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 import signal
@@ -21,11 +22,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dinov2_equi.data.batch import Batch
 from dinov2_equi.fsdp.checkpoint import CheckpointStore
 from dinov2_equi.logging.metrics import read_metrics
 from dinov2_equi.train import guard
+from dinov2_equi.train.replay import replay_step
 from dinov2_equi.train.state import TrainState
-from dinov2_equi.train.step import train_step
+from dinov2_equi.train.step import NonFiniteLossError, train_step
 from dinov2_equi.train.watchdog import EXIT_HUNG
 from tests.ranks import exit_codes, launch_ranks
 
@@ -284,3 +287,40 @@ def test_a_process_that_hangs_is_waited_for_without_end(
     assert "all_reduce" in stacks[0]
     shown = capfd.readouterr().err
     assert all(f"rank {rank}: nothing happened" in shown for rank in range(2))
+
+
+def test_a_bundle_lacks_the_images_of_the_process_that_was_at_fault(
+    tmp_path: Path, lean_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoiled_step(state: TrainState, batch: Batch, *arguments: Any) -> dict[str, float]:
+        if state.step == 3 and dist.get_rank() == 1:
+            batch.global_crops[0, 0, 0, 0] = torch.nan
+        return train_step(state, batch, *arguments)
+
+    monkeypatch.setattr(guard, "train_step", spoiled_step)
+    words = (*sharded("SHARD_GRAD_OP"), NO_DROP, "train.max_nonfinite_steps=1")
+    assert run_on(2, lean_run, tmp_path, *words) == [1, 1]
+    replay = replay_step(tmp_path / "replay" / "step_00000004", torch.device("cpu"))
+    assert replay.first_module is not None and not replay.is_finite
+
+
+def test_a_bundle_of_several_processes_shows_another_step(
+    tmp_path: Path, lean_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that is sound but for what was said of it: run again on one process, its losses are those of both."""
+
+    def refused_step(state: TrainState, *arguments: Any) -> dict[str, float]:
+        found = train_step(state, *arguments)
+        if state.step == 1:
+            (tmp_path / f"losses{dist.get_rank()}.json").write_text(json.dumps(found))
+            raise NonFiniteLossError("said by the test")
+        return found
+
+    monkeypatch.setattr(guard, "train_step", refused_step)
+    still = ("train.centering=sinkhorn_knopp", "optim.base_lr=0", "teacher.momentum_teacher=1")  # the step had an end
+    assert run_on(2, lean_run, tmp_path, *EVERYTHING, NO_DROP, *still, "train.max_nonfinite_steps=1") == [1, 1]
+    replay = replay_step(tmp_path / "replay" / "step_00000002", torch.device("cpu"))
+    seen = json.loads((tmp_path / "losses0.json").read_text())
+    assert replay.is_finite
+    # Sums in another order.
+    assert replay.losses == pytest.approx({name: seen[name] for name in replay.losses}, rel=1e-5)

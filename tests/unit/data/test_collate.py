@@ -6,7 +6,7 @@ import torch
 
 from dinov2_equi.data.augmentations import Crops
 from dinov2_equi.data.batch import Batch
-from dinov2_equi.data.collate import MaskRecipe, Sample, collate
+from dinov2_equi.data.collate import MaskRecipe, Sample, collate, join
 from dinov2_equi.data.masking import MaskingGenerator
 
 GRID = (3, 5)
@@ -80,3 +80,15 @@ def test_masks_depend_on_seed_and_first_position_alone() -> None:
     assert torch.equal(make_batch(seed=1).masks, make_batch(seed=1, num_local=0).masks)
     assert not torch.equal(make_batch(seed=1).masks, make_batch(seed=2).masks)
     assert not torch.equal(make_batch(40).masks, make_batch(44).masks)
+
+
+def test_joined_batches_of_ranks_are_another_batch_than_one_process_gets() -> None:
+    masks = MaskRecipe(MaskingGenerator(GRID), 0.5, (0.3, 0.6), seed=0, step_size=6)
+    samples = [
+        Sample(Crops(torch.full((2, 3, 12, 20), float(image)), torch.full((3, 3, 4, 8), image + 0.5)), 12 + image)
+        for image in range(6)
+    ]
+    whole, parts = collate(samples, masks), [collate(samples[first : first + 2], masks) for first in (0, 2, 4)]
+    joined = join(parts).tensors()
+    assert len(joined["mask_indices"]) > 0
+    assert all(torch.equal(tensor, joined[name]) for name, tensor in whole.tensors().items())

@@ -111,33 +111,36 @@ def _average_bucket_(tensors: list[Tensor]) -> None:
         tensor.copy_(mean.view_as(tensor))
 
 
-def gather_bytes(values: Tensor, device: torch.device | str) -> list[Tensor]:
+def gather_bytes(values: Tensor, device: torch.device | str, group: dist.ProcessGroup | None = None) -> list[Tensor]:
     """Return the uint8 tensors of all ranks, of one length, on the CPU and in the order of the ranks.
 
     Args:
         values: uint8 [n] on the CPU.
         device: where the process group communicates.
+        group: of all ranks; None: that in which they train.
     """
     if not is_distributed():
         return [values]
     parts = [torch.empty_like(values, device=device) for _ in range(get_world_size())]
-    dist.all_gather(parts, values.to(device))
+    dist.all_gather(parts, values.to(device), group=group)
     return [part.cpu() for part in parts]
 
 
-def gather_values(value: Any, device: torch.device | str) -> list[Any]:
+def gather_values(value: Any, device: torch.device | str, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Return the values of all ranks, on every rank, in the order of the ranks. As JSON: floats keep all their digits.
 
     Args:
         value: what JSON can hold; NaN and infinity too.
         device: where the process group communicates.
+        group: of all ranks; None: that in which they train.
     """
     if not is_distributed():
         return [value]
     own = json.dumps(value).encode()
-    lengths = [part.view(torch.int64) for part in gather_bytes(_as_bytes(len(own).to_bytes(8, sys.byteorder)), device)]
+    length = _as_bytes(len(own).to_bytes(8, sys.byteorder))
+    lengths = [part.view(torch.int64) for part in gather_bytes(length, device, group)]
     longest = max(int(length) for length in lengths)
-    parts = gather_bytes(_as_bytes(own.ljust(longest)), device)
+    parts = gather_bytes(_as_bytes(own.ljust(longest)), device, group)
     return [json.loads(part[: int(length)].numpy().tobytes()) for part, length in zip(parts, lengths, strict=True)]
 
 

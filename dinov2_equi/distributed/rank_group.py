@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 
+from dinov2_equi.distributed.collectives import gather_values
 from dinov2_equi.distributed.env import is_distributed
 
 _PATIENCE = timedelta(hours=1)
@@ -30,15 +30,7 @@ class RankGroup:
 
     def gather_texts(self, text: str) -> list[str]:
         """Return the texts of all ranks, in their order, on every rank."""
-        mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else torch.empty(0).byte()
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(mine)]), group=self._group)
-        longest = max(int(length) for length in lengths)
-        if longest == 0:
-            return [""] * self.size
-        parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(parts, torch.cat([mine, mine.new_zeros(longest - len(mine))]), group=self._group)
-        return [part[: int(length)].numpy().tobytes().decode() for part, length in zip(parts, lengths, strict=True)]
+        return gather_values(text, "cpu", self._group)
 
 
 def rank_group() -> RankGroup | None:

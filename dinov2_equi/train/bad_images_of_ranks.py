@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
 
 from dinov2_equi.data.bad_images import BadImage
-from dinov2_equi.distributed.collectives import gather_bytes, largest_of_ranks
+from dinov2_equi.distributed.collectives import gather_values, largest_of_ranks
 from dinov2_equi.distributed.env import is_distributed
 
 
@@ -24,10 +23,7 @@ def gather_bad_images(mine: Sequence[BadImage], device: torch.device) -> list[Ba
     """
     if not is_distributed():
         return list(mine)
-    content = json.dumps([asdict(image) for image in mine]).encode() if mine else b""
-    length = largest_of_ranks(len(content), device)
-    if length == 0:
+    if largest_of_ranks(len(mine), device) == 0:
         return []
-    padded = torch.frombuffer(bytearray(content.ljust(length, b"\0")), dtype=torch.uint8)
-    texts = [part.numpy().tobytes().rstrip(b"\0") for part in gather_bytes(padded, device)]
-    return [BadImage(**image) for text in texts if text for image in json.loads(text)]
+    of_ranks = gather_values([asdict(image) for image in mine], device)
+    return [BadImage(**image) for images in of_ranks for image in images]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dinov2_equi.data.datasets.base import DatasetError, ImageDataset
+from dinov2_equi.data.datasets.channels import RGB_CHANNELS
 from dinov2_equi.data.datasets.holdout import Subset
 from dinov2_equi.data.transforms import EvalTransform
 from dinov2_equi.evaluation.labelled import image_batches, matching_labels
@@ -21,8 +22,8 @@ class ProbeImages:
     """Images to train and to test probes on, disjoint, all of one size.
 
     Attributes:
-        train: [n, 3, H, W] uint8, or float32 in [0, 1].
-        test: [m, 3, H, W], other images.
+        train: [n, C, H, W] uint8, or float32 in [0, 1].
+        test: [m, C, H, W], other images.
         labels: class numbers of both, [n] and [m] int64; None where the images have no classes.
     """
 
@@ -32,8 +33,8 @@ class ProbeImages:
 
     @property
     def is_grey(self) -> bool:
-        """Whether no training image has any colour."""
-        return bool((self.train == self.train[:, :1]).all())
+        """Whether no training image has any colour, which only photographs have."""
+        return self.train.shape[1] != RGB_CHANNELS or bool((self.train == self.train[:, :1]).all())
 
 
 def load_probe_images(
@@ -47,6 +48,8 @@ def load_probe_images(
     num_workers: int = 0,
 ) -> ProbeImages:
     """Return images as uint8 [n, 3, size, size], resized and cropped, with labels where both sets have classes.
+
+    Those that are read channel by channel stay float32 [n, C, size, size] in [0, 1].
 
     Args:
         train, test: disjoint data sets.
@@ -63,6 +66,8 @@ def load_probe_images(
 
     def load(images: Subset) -> Tensor:
         batches = image_batches(images, transform, batch_size=batch_size, num_workers=num_workers)
+        if images.dataset.load_tensor(0).is_floating_point():
+            return torch.cat(list(batches))
         # The transform divides whole numbers by 255: nothing is lost on the way back.
         return torch.cat([(batch * 255).round().to(torch.uint8) for batch in batches])
 

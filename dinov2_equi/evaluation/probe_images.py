@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dinov2_equi.data.datasets.base import DatasetError, ImageDataset
 from dinov2_equi.data.datasets.channels import RGB_CHANNELS
-from dinov2_equi.data.datasets.holdout import Subset
+from dinov2_equi.data.datasets.holdout import evenly_spread
 from dinov2_equi.data.transforms import EvalTransform
 from dinov2_equi.evaluation.labelled import image_batches, matching_labels
 
@@ -61,12 +61,12 @@ def load_probe_images(
     Raises:
         DatasetError: an image cannot be decoded; names the file.
     """
-    few_train, few_test = _spread(train, max_train), _spread(test, max_test)
+    few_train, few_test = evenly_spread(train, max_train), evenly_spread(test, max_test)
     transform = EvalTransform(size)
 
-    def load(images: Subset) -> Tensor:
+    def load(images: ImageDataset) -> Tensor:
         batches = image_batches(images, transform, batch_size=batch_size, num_workers=num_workers)
-        if images.dataset.load_tensor(0).is_floating_point():
+        if images.load_tensor(0).is_floating_point():
             return torch.cat(list(batches))
         # The transform divides whole numbers by 255: nothing is lost on the way back.
         return torch.cat([(batch * 255).round().to(torch.uint8) for batch in batches])
@@ -77,11 +77,6 @@ def load_probe_images(
 def as_float(images: Tensor) -> Tensor:
     """Return images as float32 in [0, 1], whether they are so already or uint8 in 0..255."""
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
-
-
-def _spread(dataset: ImageDataset, count: int) -> Subset:
-    count = min(count, len(dataset))
-    return Subset(dataset, [index * len(dataset) // count for index in range(count)])
 
 
 def _labels(train: ImageDataset, test: ImageDataset) -> tuple[Tensor, Tensor] | None:

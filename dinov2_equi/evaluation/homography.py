@@ -164,7 +164,7 @@ class HomographyNet(nn.Module):
         self.is_frozen = settings.backbone_lr == 0
         device = next((p.device for p in model.backbone.parameters()), torch.device("cpu"))
         with torch.no_grad():
-            dim, *grid = self._maps(torch.zeros(1, 3, *self.size, device=device)).shape[1:]
+            dim, *grid = self._maps(torch.zeros(1, len(model.mean), *self.size, device=device)).shape[1:]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.head = HomographyHead(dim, (grid[0], grid[1]), settings.width, settings.pairs.max_shift).to(device)
@@ -174,7 +174,7 @@ class HomographyNet(nn.Module):
         return feature_map(self.model, images, features=self.settings.features)
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """Return the shifts [B, 4, 2] in pixels between patches [B, 3, P, P] in [0, 1]."""
+        """Return the shifts [B, 4, 2] in pixels between patches [B, C, P, P] in [0, 1]."""
         images = resample(torch.cat([first, second]), self.size)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
             maps = self._maps(images)  # [2 * B, D, h, w]

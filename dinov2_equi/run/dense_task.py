@@ -22,7 +22,7 @@ from dinov2_equi.distributed.collectives import largest_of_ranks, wait_for_all_r
 from dinov2_equi.distributed.env import get_rank, get_world_size, is_main_process
 from dinov2_equi.evaluation.dense.settings import read_settings
 from dinov2_equi.evaluation.dense.training import LoopSettings, Losses, TrainingSamples, train
-from dinov2_equi.evaluation.eval_model import EvalModel
+from dinov2_equi.evaluation.eval_model import EvalModel, check_photographs
 from dinov2_equi.evaluation.figures import figure_png
 from dinov2_equi.evaluation.results import write_results
 from dinov2_equi.evaluation.stored_features import weights_digest
@@ -142,7 +142,7 @@ def run_dense_task(task: AnyTask, description: str | None, script: Path, argv: S
     def check(args: argparse.Namespace) -> None:
         read_task_settings(task, args)
         task.load_data(args)
-        load_eval_model(args.weights)
+        check_photographs(load_eval_model(args.weights))
 
     return launch.run_launched(
         here,
@@ -193,6 +193,7 @@ def train_and_measure(task: AnyTask, args: argparse.Namespace) -> str:
     settings = read_task_settings(task, args)
     train_set, val = task.load_data(args)
     backbone = load_eval_model(args.weights, seed=settings.seed).to(args.device)
+    check_photographs(backbone)
     facts = task.facts(train_set)
     names = [train_set.name(index) for index in range(len(train_set))]
     identity = training_identity(args, backbone, dataclasses.asdict(settings) | facts, names)

@@ -22,6 +22,7 @@ if __package__ in (None, ""):  # started as a file: a clean clone needs the repo
 from matplotlib.figure import Figure
 from torch import nn
 
+from dinov2_equi.data.datasets.base import spread_indices
 from dinov2_equi.data.datasets.depth_sets import CROPS, LAYOUTS, DepthSet, make_depth_set
 from dinov2_equi.data.datasets.pairs import SPLITS
 from dinov2_equi.evaluation.dense.depth import (
@@ -32,7 +33,7 @@ from dinov2_equi.evaluation.dense.depth import (
     constant_depth_metrics,
     evaluate_depth,
 )
-from dinov2_equi.evaluation.dense.pictures import chosen_images, depth_figure
+from dinov2_equi.evaluation.dense.pictures import depth_figure
 from dinov2_equi.evaluation.dense.training import Losses
 from dinov2_equi.evaluation.eval_model import EvalModel
 from dinov2_equi.run.dense_task import DenseTask, run_dense_task
@@ -103,7 +104,7 @@ class DepthTask(DenseTask[DepthSettings, DepthSet, DepthModel]):
 
     def figure(self, args: argparse.Namespace, model: DepthModel, val: DepthSet, settings: DepthSettings) -> Figure:
         """Return photographs with their true and predicted depth."""
-        chosen = [val.load(index) for index in chosen_images(len(val), args.pictures)]
+        chosen = [val.load(index) for index in spread_indices(len(val), args.pictures)]
         found = [model.predict(image, settings).cpu() for image, _ in chosen]
         return depth_figure([image for image, _ in chosen], [truth for _, truth in chosen], found)
 

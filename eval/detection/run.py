@@ -24,7 +24,7 @@ if __package__ in (None, ""):  # started as a file: a clean clone needs the repo
 from matplotlib.figure import Figure
 from torch import nn
 
-from dinov2_equi.data.datasets.base import DatasetError
+from dinov2_equi.data.datasets.base import DatasetError, spread_indices
 from dinov2_equi.data.datasets.coco import DetectionSet, coco_files, import_coco, read_coco
 from dinov2_equi.data.datasets.pairs import SPLITS
 from dinov2_equi.evaluation.dense.detection import (
@@ -36,7 +36,7 @@ from dinov2_equi.evaluation.dense.detection import (
     evaluate_detection,
 )
 from dinov2_equi.evaluation.dense.detection_metrics import MASK_THRESHOLD
-from dinov2_equi.evaluation.dense.pictures import boxes_figure, chosen_images
+from dinov2_equi.evaluation.dense.pictures import boxes_figure
 from dinov2_equi.evaluation.dense.training import Losses
 from dinov2_equi.evaluation.eval_model import EvalModel
 from dinov2_equi.run.dense_task import DenseTask, run_dense_task
@@ -113,7 +113,7 @@ class DetectionTask(DenseTask[DetectionSettings, DetectionSet, DetectionModel]):
         self, args: argparse.Namespace, model: DetectionModel, val: DetectionSet, settings: DetectionSettings
     ) -> Figure:
         """Return photographs with true and found boxes."""
-        chosen = chosen_images(len(val), args.pictures)
+        chosen = spread_indices(len(val), args.pictures)
         images = [val.load_image(index) for index in chosen]
         truths = [val.objects(index, with_masks=False) for index in chosen]
         outputs = [model.predict(image) for image in images]

@@ -23,9 +23,10 @@ if __package__ in (None, ""):  # started as a file: a clean clone needs the repo
 from matplotlib.figure import Figure
 from torch import nn
 
+from dinov2_equi.data.datasets.base import spread_indices
 from dinov2_equi.data.datasets.pairs import SPLITS
 from dinov2_equi.data.datasets.segmentation_sets import LAYOUTS, SegmentationSet, make_segmentation_set
-from dinov2_equi.evaluation.dense.pictures import chosen_images, segmentation_figure
+from dinov2_equi.evaluation.dense.pictures import segmentation_figure
 from dinov2_equi.evaluation.dense.segmentation import (
     SegmentationAugmentation,
     SegmentationModel,
@@ -99,7 +100,7 @@ class SegmentationTask(DenseTask[SegmentationSettings, SegmentationSet, Segmenta
         self, args: argparse.Namespace, model: SegmentationModel, val: SegmentationSet, settings: SegmentationSettings
     ) -> Figure:
         """Return photographs with their true and predicted classes."""
-        chosen = [val.load(index) for index in chosen_images(len(val), args.pictures)]
+        chosen = [val.load(index) for index in spread_indices(len(val), args.pictures)]
         images, truths = [image for image, _ in chosen], [labels for _, labels in chosen]
         found = [model.predict(image, settings) for image in images]
         return segmentation_figure(images, truths, found, val.classes)

@@ -47,6 +47,14 @@ class ChannelFormat:
     """Values that become 0 and 1; what lies outside is cut off. None: the range of the type for 8 and 16 bits without
     sign, and floating-point values must be in [0, 1]."""
 
+    def __str__(self) -> str:
+        """Return it in words."""
+        words = f"images of {self.num_channels} channels"
+        if self.value_range is None:
+            return words
+        low, high = self.value_range
+        return f"{words} with values from {low:g} to {high:g}"
+
     def __post_init__(self) -> None:
         """Check the values.
 

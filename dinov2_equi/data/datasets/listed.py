@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dinov2_equi.data.datasets.base import DatasetError, check_index
+from dinov2_equi.data.datasets.base import DatasetError, check_index, spread_indices
 from dinov2_equi.data.datasets.encoded import EncodedImages
 from dinov2_equi.data.datasets.packed import PackedStrings
 from dinov2_equi.data.datasets.stored_index import STORED_FROM, index_places, load_index, store_index
@@ -217,11 +217,10 @@ def _checked(listing: _Listing, file: Path, root: Path | str | None) -> ListedIm
     base = file.parent if root is None else Path(root).expanduser()
     if not len(paths):
         raise DatasetError(f"{file} names no image")
-    count = min(_LOOKED_FOR, len(paths))
-    looked_for = [paths[index * len(paths) // count] for index in range(count)]
+    looked_for = [paths[index] for index in spread_indices(len(paths), _LOOKED_FOR)]
     if not any((base / path).is_file() for path in looked_for):
         raise DatasetError(
-            f"none of {count} paths looked for exists, of the {len(paths)} in {file}; the first is "
+            f"none of {len(looked_for)} paths looked for exists, of the {len(paths)} in {file}; the first is "
             f"{base / looked_for[0]}. Relative paths start from {base}; add root=FOLDER for another start, as in "
             f"list:path={file.name}:root=/data"
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from dinov2_equi.evaluation.dense.training import LoopSettings, Losses, TrainingSamples, train
+from dinov2_equi.evaluation.dense.training import WITHOUT_EFFECT, LoopSettings, Losses, TrainingSamples, train
 from dinov2_equi.evaluation.eval_model import EvalModel
 from dinov2_equi.evaluation.stored_features import weights_digest
 from dinov2_equi.logging.progress import training_progress
@@ -58,7 +58,7 @@ def training_identity(
 ) -> dict[str, Any]:
     """Return what a training depends on: backbone, data and settings; a checkpoint of another one is refused."""
     digest = hashlib.sha256("\0".join(Path(name).name for name in names).encode()).hexdigest()
-    kept = {name: value for name, value in settings.items() if name != "save_every"}
+    kept = {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
     return {"weights": weights_digest(model.backbone), "layout": args.layout, "images": digest, "settings": kept}
 
 
@@ -72,10 +72,21 @@ def train_with_progress(
     args: argparse.Namespace,
     identity: Mapping[str, Any],
     collate: Callable[[list[Any]], Any] | None = None,
+    on_step: Callable[[int], None] | None = None,
 ) -> list[float]:
-    """Train, or go on with a training that was stopped, while a display shows how far it is; see `train`."""
+    """Train, or go on with a training that was stopped, while a display shows how far it is; see `train`.
+
+    `on_step` is called after each step with the number of steps done, and may measure the module.
+    """
     setup_logging(args.output)
     with training_progress(loop.steps, images_per_step=loop.batch_size) as progress:
+
+        def after_step(done: int, terms: Losses) -> None:
+            progress.update(done, terms)
+            if on_step is not None:
+                on_step(done)
+                module.train()
+
         return train(
             module,
             backbone,
@@ -86,7 +97,7 @@ def train_with_progress(
             identity=identity,
             num_workers=args.num_workers,
             collate=collate,
-            on_step=progress.update,
+            on_step=after_step,
         )
 
 

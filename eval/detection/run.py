@@ -7,7 +7,8 @@ r"""How well objects are found with a backbone: train one of torchvision's detec
         --set detector=retinanet steps=1000
 
 FOLDER holds annotations/instances_train.json with train/, and the same for val, as COCO does.
-Writes `results.json`, `predictions.png` and checkpoints; the same command goes on where it was stopped.
+Writes `results.json`, `predictions.png`, `curve.png` (AP50 against steps; `--set curve_every=N` measures on the way)
+and checkpoints; the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from dinov2_equi.evaluation.dense.detection import (
     evaluate_detection,
 )
 from dinov2_equi.evaluation.dense.detection_metrics import MASK_THRESHOLD
+from dinov2_equi.evaluation.dense.measured import MeasuredCurve, measured_figure
 from dinov2_equi.evaluation.dense.pictures import boxes_figure, chosen_images
 from dinov2_equi.evaluation.dense.settings import read_settings
 from dinov2_equi.evaluation.dense.training import Losses, TrainingSamples
@@ -53,6 +56,7 @@ from dinov2_equi.run.dense_task import (
     training_identity,
 )
 
+CURVE_FILE, CURVE_PICTURE = "curve.json", "curve.png"
 SHOWN = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
 
@@ -90,8 +94,10 @@ def train_head(
     train: DetectionSet,
     settings: DetectionSettings,
     identity: dict[str, Any],
+    *,
+    measure: Callable[[int], None],
 ) -> list[float]:
-    """Train, or go on with a training, and return the losses."""
+    """Train, or go on with a training, and return the losses; `measure` is called after each step."""
 
     def losses_of(batch: list[Sample]) -> Losses:
         return model.losses(batch, args.device)
@@ -105,7 +111,13 @@ def train_head(
         args=args,
         identity=identity,
         collate=as_list,
+        on_step=measure,
     )
+
+
+def curve_numbers(found: dict[str, Any]) -> dict[str, float]:
+    """Return what of a measurement is drawn against the steps."""
+    return {f"{kind} {name}": found[kind][name] for kind in ("box", "mask") if kind in found for name in ("AP50", "AP")}
 
 
 def save_picture(
@@ -139,17 +151,26 @@ def run(args: argparse.Namespace) -> str:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = DetectionModel(backbone, settings, len(train.classes)).to(args.device)
-    history = train_head(args, model, train, settings, identity)
+    curve = MeasuredCurve(args.output / CURVE_FILE, settings.curve_every, settings.steps, identity)
+
+    def measure(step: int) -> None:
+        if curve.is_due(step):
+            curve.add(step, curve_numbers(evaluate_detection(model, val, settings)))
+
+    history = train_head(args, model, train, settings, identity, measure=measure)
     with training_progress(len(val)) as progress:
         found = evaluate_detection(model, val, settings, on_image=lambda: progress.update(progress.steps_done + 1))
+    curves = {"curve": curve.columns(last=curve_numbers(found)), "train_loss": loss_curve(history)}
     write_results(
         args.output / RESULTS_FILE,
-        {backbone.name: found | {"train_loss": loss_curve(history)}},
+        {backbone.name: found | curves},
         task="detection",
         seed=settings.seed,
         settings=described(args) | {"num_train_images": len(train), "recipe": dataclasses.asdict(settings)},
     )
     save_picture(args, model, val, settings)
+    figure = measured_figure(curves["curve"], curves["train_loss"], title=f"{backbone.name}, {settings.detector}")
+    (args.output / CURVE_PICTURE).write_bytes(figure_png(figure))
     lines = [f"{'':24}" + "".join(f"{name:>10}" for name in SHOWN)]
     for kind in ("box", "mask"):
         if kind in found:

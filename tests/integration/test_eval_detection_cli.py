@@ -68,9 +68,23 @@ def test_precision_or_files_are_missing(tmp_path: Path, script: ModuleType, fold
 def test_stopped_run_ends_with_other_numbers(
     script: ModuleType, folder: Path, assert_resumes: Callable[..., None]
 ) -> None:
-    recipe = (*RECIPE, "detector=retinanet", "steps=3", "save_every=2", "finetune=true")
+    recipe = (*RECIPE, "detector=retinanet", "steps=3", "save_every=2", "finetune=true", "curve_every=1")
     words = (*TINY, *recipe, "--data", str(folder))
     assert_resumes(script, script.DetectionModel, words, stop_at=3)
+
+
+def test_curve_or_its_picture_is_missing(tmp_path: Path, script: ModuleType, folder: Path) -> None:
+    """Measuring on the way must not change the training, and the linear probe is trained as any other detector."""
+    found = []
+    for name, words in (("plain", ()), ("measured", ("curve_every=2",))):
+        recipe = (*RECIPE, "detector=linear", *words)
+        assert script.main([*TINY, *recipe, "--data", str(folder), "--output", str(tmp_path / name)]) == 0
+        (numbers,) = json.loads((tmp_path / name / "results.json").read_text())["numbers"].values()
+        found.append(numbers)
+        with Image.open(tmp_path / name / "curve.png") as picture:
+            assert picture.width > 200
+    assert [numbers.pop("curve")["step"] for numbers in found] == [[4], [2, 4]]
+    assert found[0] == found[1]
 
 
 def test_files_that_lie_elsewhere(tmp_path: Path, script: ModuleType, folder: Path) -> None:
@@ -78,7 +92,7 @@ def test_files_that_lie_elsewhere(tmp_path: Path, script: ModuleType, folder: Pa
     words = ("steps=2", "detector=retinanet", "--train", *sets[0], "--val", *sets[1], "--output", str(tmp_path))
     assert script.main([*TINY, *RECIPE, *words]) == 0
     (numbers,) = json.loads((tmp_path / "results.json").read_text())["numbers"].values()
-    assert set(numbers) == {"num_images", "num_detections", "box", "train_loss"}
+    assert set(numbers) == {"num_images", "num_detections", "box", "curve", "train_loss"}
 
 
 @pytest.mark.parametrize(

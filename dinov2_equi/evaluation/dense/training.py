@@ -28,6 +28,9 @@ from dinov2_equi.fsdp.checkpoint import CheckpointStore, flatten_optimizer, rest
 CHECKPOINTS = "checkpoints"
 _NO_DECAY = re.compile(r"(bias|gamma|cls_token|pos_embed|register_tokens)$|norm")
 
+WITHOUT_EFFECT = ("save_every", "curve_every")
+"""Settings that do not change the weights: a training that was stopped goes on with others."""
+
 Losses = Mapping[str, Tensor]
 """Terms by name; their sum is minimised."""
 
@@ -195,7 +198,7 @@ def train(
 
 def _what_counts(settings: LoopSettings) -> dict[str, Any]:
     """Return the settings that change the weights."""
-    return {name: value for name, value in dataclasses.asdict(settings).items() if name != "save_every"}
+    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in WITHOUT_EFFECT}
 
 
 def _step(

@@ -20,7 +20,9 @@ from dinov2_equi.data.datasets.coco import DetectionSet
 from dinov2_equi.evaluation.dense.detection_metrics import BOX, MASK, Detection, as_detections, average_precision
 from dinov2_equi.evaluation.dense.feature_pyramid import LevelMaps, ResampledMaps, SimpleFeaturePyramid
 from dinov2_equi.evaluation.dense.linear_detection import linear_detector
+from dinov2_equi.evaluation.dense.maps import spaced_blocks
 from dinov2_equi.evaluation.dense.training import LoopSettings, Losses
+from dinov2_equi.evaluation.dense.windows import Windows
 from dinov2_equi.evaluation.eval_model import EvalModel
 
 MASK_RCNN, FASTER_RCNN, RETINANET, LINEAR = "mask_rcnn", "faster_rcnn", "retinanet", "linear"
@@ -48,6 +50,8 @@ class DetectionSettings(LoopSettings):
         size: side of the training crops, and the longer side of an image that is measured, pixels.
         least_scale: least factor of the large-scale jitter: the image fits into the crop, times this.
         largest_scale: largest factor.
+        window: side of the windows in which patches attend, in patches; 0: every patch sees the whole image.
+        global_blocks: number of blocks, evenly spaced and ending with the last, that attend globally all the same.
         channels: width of the feature pyramid; the linear probe has none.
         anchor_size: side of the smallest anchors, pixels; the others are 2, 4, 8 and 16 times as large. The linear
             probe has no anchors.
@@ -62,6 +66,8 @@ class DetectionSettings(LoopSettings):
     size: int = 1024
     least_scale: float = 0.1
     largest_scale: float = 2.0
+    window: int = 0
+    global_blocks: int = 4
     channels: int = 256
     anchor_size: int = 32
     regions: int = 512
@@ -91,8 +97,11 @@ class DetectionSettings(LoopSettings):
                 "expected size, channels, anchor_size, regions, detections >= 1 and score_threshold in [0, 1), got "
                 f"{', '.join(map(str, counts))}, {self.score_threshold}"
             )
-        if self.curve_every < 0:
-            raise ValueError(f"expected curve_every >= 0, got {self.curve_every}")
+        if min(self.curve_every, self.window, self.global_blocks) < 0:
+            raise ValueError(
+                f"expected curve_every, window and global_blocks >= 0, got {self.curve_every}, {self.window}, "
+                f"{self.global_blocks}"
+            )
         if not 0 < self.least_scale <= self.largest_scale:
             raise ValueError(
                 f"expected 0 < least_scale <= largest_scale, got {self.least_scale} and {self.largest_scale}"
@@ -165,10 +174,12 @@ class DetectionModel(nn.Module):
 def _level_maps(model: EvalModel, settings: DetectionSettings) -> LevelMaps:
     """Return what a detector looks at."""
     strides, pooled = _LEVELS[settings.detector]
-    is_frozen = not settings.finetune
+    of_backbone: dict[str, Any] = {"is_frozen": not settings.finetune}
+    if settings.window:
+        of_backbone["windows"] = Windows(settings.window, spaced_blocks(model, settings.global_blocks))
     if settings.detector == LINEAR:
-        return ResampledMaps(model, strides, is_frozen=is_frozen)
-    return SimpleFeaturePyramid(model, strides, pooled, settings.channels, is_frozen=is_frozen)
+        return ResampledMaps(model, strides, **of_backbone)
+    return SimpleFeaturePyramid(model, strides, pooled, settings.channels, **of_backbone)
 
 
 def _rcnn(pyramid: LevelMaps, settings: DetectionSettings, options: dict[str, Any]) -> nn.Module:

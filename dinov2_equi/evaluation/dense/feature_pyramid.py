@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dinov2_equi.evaluation.dense.maps import DenseBackbone, last_blocks, upsample
+from dinov2_equi.evaluation.dense.windows import Windows
 from dinov2_equi.evaluation.eval_model import EvalModel
 
 _STRIDES_OF_PATCHES = (4, 8, 16, 32)
@@ -51,13 +53,21 @@ class LevelMaps(nn.Module):
         num_pooled: further maps, each half the resolution of the one before it.
         channels: of all maps; 0: those of the tokens.
         is_frozen: see `DenseBackbone`.
+        windows: see `DenseBackbone`.
     """
 
     def __init__(
-        self, model: EvalModel, strides: Sequence[int], num_pooled: int, channels: int, *, is_frozen: bool = True
+        self,
+        model: EvalModel,
+        strides: Sequence[int],
+        num_pooled: int,
+        channels: int,
+        *,
+        is_frozen: bool = True,
+        windows: Windows | None = None,
     ) -> None:
         super().__init__()
-        self.features = DenseBackbone(model, last_blocks(model, 1), is_frozen=is_frozen)
+        self.features = DenseBackbone(model, last_blocks(model, 1), is_frozen=is_frozen, windows=windows)
         patch = model.patch_size
         self.stride = patch if patch in _STRIDES_OF_PATCHES else _DEFAULT_STRIDE
         ((self.width, _),) = self.features.widths()
@@ -97,9 +107,9 @@ class SimpleFeaturePyramid(LevelMaps):
     """
 
     def __init__(
-        self, model: EvalModel, strides: Sequence[int], num_pooled: int, channels: int, *, is_frozen: bool = True
+        self, model: EvalModel, strides: Sequence[int], num_pooled: int, channels: int, **of_backbone: Any
     ) -> None:
-        super().__init__(model, strides, num_pooled, channels, is_frozen=is_frozen)
+        super().__init__(model, strides, num_pooled, channels, **of_backbone)
         self.levels = nn.ModuleList(_level(self.width, channels, self.stride / stride) for stride in strides)
 
     def _maps(self, tokens: Tensor) -> list[Tensor]:
@@ -112,8 +122,8 @@ class ResampledMaps(LevelMaps):
     What a linear layer makes of such a map, it makes of the tokens.
     """
 
-    def __init__(self, model: EvalModel, strides: Sequence[int], *, is_frozen: bool = True) -> None:
-        super().__init__(model, strides, 0, 0, is_frozen=is_frozen)
+    def __init__(self, model: EvalModel, strides: Sequence[int], **of_backbone: Any) -> None:
+        super().__init__(model, strides, 0, 0, **of_backbone)
         self.norm = nn.BatchNorm2d(self.width)
 
     def _maps(self, tokens: Tensor) -> list[Tensor]:

@@ -87,7 +87,7 @@ def measured_figure(
     beside.tick_params(colors=INK)
     beside.spines[:].set_visible(False)
     handles = [*axes.get_lines(), *beside.get_lines()]
-    axes.legend(handles=handles, frameon=False, labelcolor=INK, fontsize=8, loc="lower right")
+    figure.legend(handles=handles, frameon=False, labelcolor=INK, fontsize=8, loc="outside lower center", ncols=4)
     return figure
 
 

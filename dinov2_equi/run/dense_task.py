@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from dinov2_equi.evaluation.dense.training import WITHOUT_EFFECT, LoopSettings, Losses, TrainingSamples, train
@@ -20,6 +22,8 @@ from dinov2_equi.run.load import FORMS, load_eval_model
 
 RESULTS_FILE, PICTURE_FILE = "results.json", "predictions.png"
 _CURVE_POINTS = 100
+_CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
+"""A plain RuntimeError of PyTorch with these words is the machine's memory running out."""
 
 
 def dense_parser(
@@ -99,6 +103,24 @@ def train_with_progress(
             collate=collate,
             on_step=after_step,
         )
+
+
+@contextmanager
+def explained_memory(advice: str) -> Iterator[None]:
+    """Say what to change where memory runs out, of the device or of the machine.
+
+    Args:
+        advice: which settings to lower, with their values.
+
+    Raises:
+        ValueError: with the advice, in place of the allocator's error.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and _CPU_ALLOCATOR not in str(error):
+            raise
+        raise ValueError(f"there is not enough memory: {advice}") from error
 
 
 def loss_curve(history: Sequence[float]) -> dict[str, list[float]]:

@@ -26,7 +26,7 @@ if __package__ in (None, ""):  # started as a file: a clean clone needs the repo
 import torch
 
 from dinov2_equi.data.datasets.base import DatasetError
-from dinov2_equi.data.datasets.coco import DetectionSet, coco_files, import_coco, read_coco
+from dinov2_equi.data.datasets.coco import DetectionSet, coco_files, read_coco
 from dinov2_equi.data.datasets.pairs import SPLITS
 from dinov2_equi.evaluation.dense.detection import (
     DetectionAugmentation,
@@ -36,7 +36,7 @@ from dinov2_equi.evaluation.dense.detection import (
     as_list,
     evaluate_detection,
 )
-from dinov2_equi.evaluation.dense.detection_metrics import MASK_THRESHOLD
+from dinov2_equi.evaluation.dense.detection_metrics import AUTO, COCO_LIBRARIES, MASK_THRESHOLD, coco_library
 from dinov2_equi.evaluation.dense.measured import MeasuredCurve, measured_figure
 from dinov2_equi.evaluation.dense.pictures import boxes_figure, chosen_images
 from dinov2_equi.evaluation.dense.settings import read_settings
@@ -49,6 +49,7 @@ from dinov2_equi.run.dense_task import (
     RESULTS_FILE,
     dense_parser,
     described,
+    explained_memory,
     load_backbone,
     loss_curve,
     run_to_exit_code,
@@ -68,6 +69,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--train", type=Path, nargs=2, metavar=("JSON", "IMAGES"), help="file and folder to train on, for --data")
     add("--val", type=Path, nargs=2, metavar=("JSON", "IMAGES"), help="file and folder that are measured")
     add("--shown-score", type=float, default=0.5, metavar="S", help="least score in predictions.png (default: 0.5)")
+    add("--coco-eval", choices=(AUTO, *COCO_LIBRARIES), default=AUTO, help="what measures (default: the faster one)")
     return parser.parse_args(argv)
 
 
@@ -115,6 +117,16 @@ def train_head(
     )
 
 
+def memory_advice(settings: DetectionSettings) -> str:
+    """Return which settings to lower where memory runs out."""
+    changes = [f"lower batch_size (now {settings.batch_size})"] if settings.batch_size > 1 else []
+    changes += [f"lower size (now {settings.size})"]
+    changes += [] if settings.window else ["attend in windows (window=14)"]
+    changes += ["leave the backbone frozen (finetune=false)"] if settings.finetune else []
+    changes += [f"lower regions (now {settings.regions})"] if settings.has_regions else []
+    return f"{', or '.join(changes)}, by --set"
+
+
 def curve_numbers(found: dict[str, Any]) -> dict[str, float]:
     """Return what of a measurement is drawn against the steps."""
     return {f"{kind} {name}": found[kind][name] for kind in ("box", "mask") if kind in found for name in ("AP50", "AP")}
@@ -143,7 +155,7 @@ def run(args: argparse.Namespace) -> str:
     """Train, measure and write everything; return the measures as text."""
     settings = read_settings(DetectionSettings, args.config, args.set)
     settings.check()
-    import_coco("cocoeval")  # asked for before an hour of training, not after it
+    library = coco_library(args.coco_eval)  # asked for before an hour of training, not after it
     train, val = load_data(args)
     backbone = load_backbone(args, settings.seed)
     names = [train.name(index) for index in range(len(train))]
@@ -155,18 +167,22 @@ def run(args: argparse.Namespace) -> str:
 
     def measure(step: int) -> None:
         if curve.is_due(step):
-            curve.add(step, curve_numbers(evaluate_detection(model, val, settings)))
+            curve.add(step, curve_numbers(evaluate_detection(model, val, settings, library=library)))
 
-    history = train_head(args, model, train, settings, identity, measure=measure)
-    with training_progress(len(val)) as progress:
-        found = evaluate_detection(model, val, settings, on_image=lambda: progress.update(progress.steps_done + 1))
+    with explained_memory(memory_advice(settings)):
+        history = train_head(args, model, train, settings, identity, measure=measure)
+        with training_progress(len(val)) as progress:
+            found = evaluate_detection(
+                model, val, settings, on_image=lambda: progress.update(progress.steps_done + 1), library=library
+            )
     curves = {"curve": curve.columns(last=curve_numbers(found)), "train_loss": loss_curve(history)}
     write_results(
         args.output / RESULTS_FILE,
         {backbone.name: found | curves},
         task="detection",
         seed=settings.seed,
-        settings=described(args) | {"num_train_images": len(train), "recipe": dataclasses.asdict(settings)},
+        settings=described(args)
+        | {"num_train_images": len(train), "recipe": dataclasses.asdict(settings), "coco_eval": library},
     )
     save_picture(args, model, val, settings)
     figure = measured_figure(curves["curve"], curves["train_loss"], title=f"{backbone.name}, {settings.detector}")

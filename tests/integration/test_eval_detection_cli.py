@@ -9,6 +9,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dinov2_equi.evaluation.summary import headline_numbers
@@ -114,6 +115,73 @@ def test_wrong_input_gives_a_traceback(
 ) -> None:
     given = [word.replace("FOLDER", str(folder)) for word in words]
     assert_refused(script, ["--weights", "random:vit_test_tiny/16", *given, "--output", str(tmp_path / "out")], message)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), MemoryError(), "of the processor"])
+def test_out_of_memory_is_not_explained(
+    script: ModuleType,
+    folder: Path,
+    tmp_path: Path,
+    assert_refused: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception | str,
+) -> None:
+    def losses(*_: object) -> object:
+        if isinstance(error, str):
+            return torch.empty(2**50, dtype=torch.uint8)  # a petabyte: more than any machine can address
+        raise error
+
+    monkeypatch.setattr(script.DetectionModel, "losses", losses)
+    message = (
+        "there is not enough memory: lower batch_size (now 2), or lower size (now 64), or attend in windows "
+        "(window=14), or lower regions (now 512), by --set"
+    )
+    assert_refused(script, [*TINY, *RECIPE, "--data", str(folder), "--output", str(tmp_path)], message)
+
+
+def test_other_error_is_taken_for_memory(
+    script: ModuleType, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def losses(*_: object) -> object:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(script.DetectionModel, "losses", losses)
+    with pytest.raises(RuntimeError, match="something else"):
+        script.main([*TINY, *RECIPE, "--data", str(folder), "--output", str(tmp_path)])
+
+
+def test_windows_of_another_library_are_taken(
+    script: ModuleType, folder: Path, tmp_path: Path, assert_refused: Callable[..., None]
+) -> None:
+    words = ["--weights", "pixels", "--device", "cpu", "--set", *RECIPE, "window=2", "--data", str(folder)]
+    assert_refused(script, [*words, "--output", str(tmp_path)], "pixels is no backbone of DINOv2's architecture")
+
+
+def test_file_is_not_held_against_itself(
+    load_script: Callable[[Path], ModuleType],
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    assert_refused: Callable[..., None],
+) -> None:
+    check = load_script(SCRIPT.parent / "check_annotations.py")
+    output = tmp_path / "check.json"
+    extra = [str(folder / "annotations/instances_val.json"), str(folder / "val")]
+    assert check.main(["--data", str(folder), "--file", *extra, "--output", str(output)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("box AP 1.000000000000, mask AP 1.000000000000") == 3
+    numbers = json.loads(output.read_text())["numbers"]
+    assert all(found["mask"]["pycocotools"]["AP"] == 1.0 for found in numbers.values())
+    assert_refused(check, ["--data", str(tmp_path)], "no val images with annotations")
+    assert_refused(check, [], "give --data FOLDER ... or --file JSON IMAGES")
+
+
+def test_check_does_not_notice_a_wrong_number(
+    load_script: Callable[[Path], ModuleType], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = load_script(SCRIPT.parent / "check_annotations.py")
+    monkeypatch.setattr(check, "perfect_detections", lambda dataset, kind: [])
+    assert check.main(["--data", str(folder), "--output", str(tmp_path / "check.json")]) == 1
 
 
 @pytest.mark.parametrize("path", sorted((SCRIPT.parent / "configs").iterdir()), ids=lambda path: path.name)

@@ -17,7 +17,7 @@ from torchvision.ops.poolers import initLevelMapper
 from torchvision.transforms import v2
 
 from dinov2_equi.data.datasets.coco import DetectionSet
-from dinov2_equi.evaluation.dense.detection_metrics import BOX, MASK, Detection, as_detections, average_precision
+from dinov2_equi.evaluation.dense.detection_metrics import AUTO, BOX, MASK, Detection, as_detections, average_precision
 from dinov2_equi.evaluation.dense.feature_pyramid import LevelMaps, ResampledMaps, SimpleFeaturePyramid
 from dinov2_equi.evaluation.dense.linear_detection import linear_detector
 from dinov2_equi.evaluation.dense.maps import spaced_blocks
@@ -107,6 +107,11 @@ class DetectionSettings(LoopSettings):
                 f"expected 0 < least_scale <= largest_scale, got {self.least_scale} and {self.largest_scale}"
             )
         super().check()
+
+    @property
+    def has_regions(self) -> bool:
+        """Whether the detector has a second stage."""
+        return self.detector in (MASK_RCNN, FASTER_RCNN)
 
     @property
     def has_masks(self) -> bool:
@@ -299,15 +304,16 @@ def evaluate_detection(
     settings: DetectionSettings,
     *,
     on_image: Callable[[], None] | None = None,
+    library: str = AUTO,
 ) -> dict[str, Any]:
     """Return the average precision of boxes, and of masks where the detector finds and the data set has them.
 
     Raises:
-        ImportError: without pycocotools.
+        ImportError: without pycocotools, or the library that is asked for; see `coco_library`.
     """
     found = list(detections(model, dataset, on_image))
     numbers: dict[str, Any] = {"num_images": len(dataset), "num_detections": len(found)}
-    numbers["box"] = average_precision(dataset, found, BOX)
+    numbers["box"] = average_precision(dataset, found, BOX, library)
     if settings.has_masks and dataset.has_masks:
-        numbers["mask"] = average_precision(dataset, found, MASK)
+        numbers["mask"] = average_precision(dataset, found, MASK, library)
     return numbers

@@ -5,7 +5,8 @@ r"""How well the class of every pixel can be read from a backbone: train a linea
     python eval/segmentation/run.py --weights hub:dinov2_vits14 --data ADE --layout ade20k --set head=multiscale
     python eval/segmentation/run.py --weights random:vit_small/14 --data FOLDER --set steps=500 resize=224 crop=224
 
-FOLDER holds images/ and annotations/ with PNGs of class numbers, 255 for none.
+FOLDER holds images/ and annotations/ with PNGs of class numbers, 255 for none. With `--framework mmseg` (needs
+eval/segmentation/requirements.txt) mmsegmentation trains and predicts; its heads are linear, multiscale and upernet.
 Writes `results.json`, `predictions.png` and checkpoints; the same command goes on where it was stopped.
 """
 
@@ -30,10 +31,12 @@ from dinov2_equi.evaluation.dense.segmentation import (
     SegmentationModel,
     SegmentationSample,
     SegmentationSettings,
+    TrainedSegmentation,
     evaluate_segmentation,
 )
 from dinov2_equi.evaluation.dense.settings import read_settings
 from dinov2_equi.evaluation.dense.training import Losses, TrainingSamples
+from dinov2_equi.evaluation.eval_model import EvalModel
 from dinov2_equi.evaluation.figures import figure_png
 from dinov2_equi.evaluation.results import write_results
 from dinov2_equi.logging.progress import training_progress
@@ -48,22 +51,29 @@ from dinov2_equi.run.dense_task import (
     train_with_progress,
     training_identity,
 )
+from eval.segmentation.mmseg_settings import MmsegSettings
 
-FRAMEWORKS = ("torch",)
+TORCH, MMSEG = "torch", "mmseg"
+SETTINGS: dict[str, type[SegmentationSettings]] = {TORCH: SegmentationSettings, MMSEG: MmsegSettings}
+"""The settings of each framework."""
+
+Split = tuple[SegmentationSet, SegmentationSet]
+"""Images to train on and images to measure on."""
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
-    names = ", ".join(field.name for field in dataclasses.fields(SegmentationSettings))
-    parser = dense_parser(__doc__ or "", layouts=tuple(LAYOUTS), settings=names, output="segmentation")
+    names, more = ([field.name for field in dataclasses.fields(kind)] for kind in SETTINGS.values())
+    known = f"{', '.join(names)}; with mmseg also {', '.join(name for name in more if name not in names)}"
+    parser = dense_parser(__doc__ or "", layouts=tuple(LAYOUTS), settings=known, output="segmentation")
     add = parser.add_argument
-    add("--framework", choices=FRAMEWORKS, default="torch", help="what trains and predicts (default: torch)")
+    add("--framework", choices=tuple(SETTINGS), default=TORCH, help="what trains and predicts (default: torch)")
     add("--num-classes", type=int, default=0, metavar="N", help="of a folder without classes.txt (default: found out)")
     add("--ignore", type=int, nargs="*", default=[], metavar="VALUE", help="no class in a folder, beside 255")
     return parser.parse_args(argv)
 
 
-def load_data(args: argparse.Namespace) -> tuple[SegmentationSet, SegmentationSet]:
+def load_data(args: argparse.Namespace) -> Split:
     """Return images to train on and images to measure on."""
     train, val = (
         make_segmentation_set(args.layout, args.data, split, num_classes=args.num_classes, ignored=args.ignore)
@@ -72,20 +82,24 @@ def load_data(args: argparse.Namespace) -> tuple[SegmentationSet, SegmentationSe
     return train, val
 
 
-def train_head(
+def run_torch(
     args: argparse.Namespace,
-    model: SegmentationModel,
-    train: SegmentationSet,
     settings: SegmentationSettings,
+    backbone: EvalModel,
+    data: Split,
     identity: dict[str, Any],
-) -> list[float]:
-    """Train, or go on with a training, and return the losses."""
+) -> TrainedSegmentation:
+    """Train a linear head, or go on with a training, and measure it."""
+    train, val = data
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = SegmentationModel(backbone, settings, len(train.classes)).to(args.device)
 
     def losses_of(batch: SegmentationSample) -> Losses:
         images, labels = (values.to(args.device) for values in batch)
         return {"loss": model.loss(images, labels)}
 
-    return train_with_progress(
+    losses = train_with_progress(
         model,
         model.features.backbone,
         losses_of,
@@ -94,45 +108,65 @@ def train_head(
         args=args,
         identity=identity,
     )
+    with training_progress(len(val)) as progress:
+        found = evaluate_segmentation(model, val, settings, on_image=lambda: progress.update(progress.steps_done + 1))
+    return TrainedSegmentation(backbone.name, losses, found, lambda image: model.predict(image, settings))
 
 
-def save_picture(
-    args: argparse.Namespace, model: SegmentationModel, val: SegmentationSet, settings: SegmentationSettings
-) -> None:
+def train_and_measure(
+    args: argparse.Namespace,
+    settings: SegmentationSettings,
+    backbone: EvalModel,
+    data: Split,
+    identity: dict[str, Any],
+) -> TrainedSegmentation:
+    """Return what the framework that the command line names makes of it.
+
+    Raises:
+        ImportError: its packages are missing; says how to install them.
+    """
+    if not isinstance(settings, MmsegSettings):
+        return run_torch(args, settings, backbone, data, identity)
+    try:
+        from eval.segmentation.mmseg_run import run_mmseg
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"--framework mmseg: {error}; install it by pip install -r eval/segmentation/requirements.txt, or take "
+            "--framework torch"
+        ) from error
+    return run_mmseg(args, settings, backbone, data, identity)
+
+
+def save_picture(args: argparse.Namespace, trained: TrainedSegmentation, val: SegmentationSet) -> None:
     """Write photographs with their true and predicted classes."""
     chosen = [val.load(index) for index in chosen_images(len(val), args.pictures)]
     images, truths = [image for image, _ in chosen], [labels for _, labels in chosen]
-    found = [model.predict(image, settings) for image in images]
-    figure = segmentation_figure(images, truths, found, val.classes)
+    figure = segmentation_figure(images, truths, [trained.predict(image) for image in images], val.classes)
     (args.output / PICTURE_FILE).write_bytes(figure_png(figure))
 
 
 def run(args: argparse.Namespace) -> str:
     """Train, measure and write everything; return the measures as text."""
-    settings = read_settings(SegmentationSettings, args.config, args.set)
+    settings = read_settings(SETTINGS[args.framework], args.config, args.set)
     settings.check()
     train, val = load_data(args)
     backbone = load_backbone(args, settings.seed)
     names = [train.name(index) for index in range(len(train))]
-    data = {"num_classes": len(train.classes), "ignored": train.ignored}
-    identity = training_identity(args, backbone, dataclasses.asdict(settings) | data, names)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        model = SegmentationModel(backbone, settings, len(train.classes)).to(args.device)
-    history = train_head(args, model, train, settings, identity)
-    with training_progress(len(val)) as progress:
-        found = evaluate_segmentation(model, val, settings, on_image=lambda: progress.update(progress.steps_done + 1))
+    classes = {"num_classes": len(train.classes), "ignored": train.ignored}
+    identity = training_identity(args, backbone, dataclasses.asdict(settings) | classes, names)
+    trained = train_and_measure(args, settings, backbone, (train, val), identity)
+    found = trained.measures
     write_results(
         args.output / RESULTS_FILE,
-        {backbone.name: found | {"train_loss": loss_curve(history)}},
+        {trained.name: found | {"train_loss": loss_curve(trained.losses)}},
         task="segmentation",
         seed=settings.seed,
-        settings=described(args) | {"num_train_images": len(train), "recipe": dataclasses.asdict(settings)} | data,
+        settings=described(args) | {"num_train_images": len(train), "recipe": dataclasses.asdict(settings)} | classes,
     )
-    save_picture(args, model, val, settings)
+    save_picture(args, trained, val)
     baseline = found["majority_baseline"]
     return (
-        f"{backbone.name}: mIoU {100 * found['miou']:.2f} %, pixels {100 * found['pixel_accuracy']:.2f} %, mean over "
+        f"{trained.name}: mIoU {100 * found['miou']:.2f} %, pixels {100 * found['pixel_accuracy']:.2f} %, mean over "
         f"classes {100 * found['mean_accuracy']:.2f} %\nthe most frequent class everywhere: mIoU "
         f"{100 * baseline['miou']:.2f} %, pixels {100 * baseline['pixel_accuracy']:.2f} %"
     )

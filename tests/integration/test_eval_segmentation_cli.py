@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -77,6 +78,19 @@ def test_wrong_input_gives_a_traceback(
     assert_refused(script, ["--weights", "random:vit_test_tiny/8", *given, "--output", str(tmp_path / "out")], message)
 
 
+def test_missing_packages_give_a_traceback(
+    script: ModuleType,
+    folder: Path,
+    tmp_path: Path,
+    assert_refused: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "mmengine.config", None)
+    monkeypatch.delitem(sys.modules, "eval.segmentation.mmseg_run", raising=False)
+    words = ("--framework", "mmseg", *TINY, *RECIPE, "--data", str(folder), "--output", str(tmp_path / "out"))
+    assert_refused(script, words, "pip install -r eval/segmentation/requirements.txt, or take --framework torch")
+
+
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_broken_image_gives_a_traceback_or_no_name(
     tmp_path: Path, script: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str], workers: str
@@ -93,5 +107,7 @@ def test_broken_image_gives_a_traceback_or_no_name(
 
 @pytest.mark.parametrize("path", sorted((SCRIPT.parent / "configs").iterdir()), ids=lambda path: path.name)
 def test_config_beside_the_script_is_refused(script: ModuleType, path: Path) -> None:
-    script.read_settings(script.SegmentationSettings, path, []).check()
-    assert path.read_text().startswith("# Purpose   ")
+    text = path.read_text()
+    framework = "mmseg" if "--framework mmseg" in text else "torch"
+    script.read_settings(script.SETTINGS[framework], path, []).check()
+    assert text.startswith("# Purpose   ")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from dinov2_equi.evaluation.linear import (
     CHOICES,
     DEFAULT_LEARNING_RATES,
     LinearResult,
+    LinearSweep,
     score_linear,
     train_linear,
 )
@@ -65,6 +66,7 @@ class TaskSettings:
             custom for ImageNet-A and -R.
         seed: of initial weights, orders, held-back images and draws.
         device: where to compute.
+        knn_devices: several among which the nearest neighbours are searched; none: `device`.
     """
 
     features: str = "cls"
@@ -80,6 +82,7 @@ class TaskSettings:
     only_test_classes: bool = False
     seed: int = 0
     device: str = "cpu"
+    knn_devices: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -116,42 +119,68 @@ def _allowed(data: LabelledFeatures, settings: TaskSettings) -> Tensor | None:
 
 def measure_knn(data: LabelledFeatures, settings: TaskSettings) -> Numbers:
     """Return the k-NN accuracy by k; training images of classes that may not be answered do not vote."""
+    devices = settings.knn_devices or [settings.device]
+    settings = replace(settings, device="cpu")  # each device is given its share, not all of them everything
     train, train_labels, test, test_labels = _selected(data, settings)
     allowed = _allowed(data, settings)
     if allowed is not None:
         votes = allowed[train_labels]
         train, train_labels = train[votes], train_labels[votes]
     ks = [k for k in settings.ks if k <= len(train)] or [len(train)]
-    accuracies = weighted_knn(train, train_labels, test, test_labels, ks=ks, temperature=settings.temperature)
+    accuracies = weighted_knn(
+        train, train_labels, test, test_labels, ks=ks, temperature=settings.temperature, devices=devices
+    )
     return {"top1": {str(k): accuracy for k, accuracy in accuracies.items()}}
 
 
-def measure_linear(data: LabelledFeatures, settings: TaskSettings) -> Numbers:
-    """Return the accuracy of every linear classifier of the sweep, and the best.
+@dataclass(frozen=True)
+class FittedSweep:
+    """The linear classifiers after their training, all learning rates and choices of tokens."""
 
-    The features are those of plain images: no augmentation, the same in every pass.
-    """
-    num_blocks, dim = data.train.cls.shape[1:]
-    batch_size = min(settings.batch_size, len(data.train))
-    num_steps = num_linear_steps(settings.epochs, len(data.train) // batch_size)
-    scaling = fit_standardization(data.train) if settings.standardize else None
-    choices = [choice for choice in CHOICES if choice.blocks <= num_blocks]
+    sweep: LinearSweep
+    scaling: Standardization | None
+    train_losses: Tensor
+    settings: TaskSettings
+    batch_size: int
+
+    def accuracies(self, images: StoredFeatures, labels: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """Return the accuracy of every classifier, [H, L] float64; see `LinearSweep.num_correct`."""
+        rows = np.array_split(np.arange(len(images)), max(1, len(images) // self.batch_size))
+        batches = (_moved(images, labels, part, self.settings.device, self.scaling) for part in rows)
+        return score_linear(self.sweep, batches, allowed=allowed)
+
+    def result(self, accuracies: Tensor) -> LinearResult:
+        """Return the accuracies with what the classifiers are."""
+        return LinearResult(
+            self.sweep.choices, tuple(self.settings.learning_rates), accuracies, self.train_losses.cpu()
+        )
+
+
+def fit_sweep(train: StoredFeatures, train_labels: Tensor, settings: TaskSettings) -> FittedSweep:
+    """Train the linear classifiers on features of plain images: no augmentation, the same in every pass."""
+    num_blocks, dim = train.cls.shape[1:]
+    batch_size = min(settings.batch_size, len(train))
+    scaling = fit_standardization(train) if settings.standardize else None
     sweep, train_losses = train_linear(
-        _shuffled_batches(data.train, data.train_labels, batch_size, settings, scaling),
-        num_steps=num_steps,
+        _shuffled_batches(train, train_labels, batch_size, settings, scaling),
+        num_steps=num_linear_steps(settings.epochs, len(train) // batch_size),
         dim=dim,
-        patch_dim=data.train.patch_mean.shape[1],
-        num_classes=int(data.train_labels.max()) + 1,
+        patch_dim=train.patch_mean.shape[1],
+        num_classes=int(train_labels.max()) + 1,
         batch_size=batch_size,
-        choices=choices,
+        choices=[choice for choice in CHOICES if choice.blocks <= num_blocks],
         learning_rates=settings.learning_rates,
         seed=settings.seed,
         device=settings.device,
     )
-    rows = np.array_split(np.arange(len(data.test)), max(1, len(data.test) // batch_size))
-    batches = (_moved(data.test, data.test_labels, part, settings.device, scaling) for part in rows)
-    accuracies = score_linear(sweep, batches, allowed=_allowed(data, settings))
-    return LinearResult(tuple(choices), tuple(settings.learning_rates), accuracies, train_losses.cpu()).as_numbers()
+    return FittedSweep(sweep, scaling, train_losses, settings, batch_size)
+
+
+def measure_linear(data: LabelledFeatures, settings: TaskSettings) -> Numbers:
+    """Return the accuracy of every linear classifier of the sweep, and the best."""
+    fitted = fit_sweep(data.train, data.train_labels, settings)
+    accuracies = fitted.accuracies(data.test, data.test_labels, _allowed(data, settings))
+    return fitted.result(accuracies).as_numbers()
 
 
 def num_linear_steps(epochs: int | None, steps_an_epoch: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ def weighted_knn(
     temperature: float = TEMPERATURE,
     chunk_size: int = 512,
     train_chunk_size: int = 65_536,
+    devices: Sequence[torch.device | str] = (),
 ) -> dict[int, float]:
     """Return the top-1 accuracy in [0, 1] for each number of neighbours in `ks`.
 
@@ -38,7 +40,7 @@ def weighted_knn(
     Args:
         train_features: [R, F], any float type, not necessarily normalised.
         train_labels: [R] integers >= 0.
-        test_features: [n, F], on the device of `train_features`.
+        test_features: [n, F].
         test_labels: [n] integers >= 0; a class absent from the training labels is always wrong. Or [n, C] bool, the
             classes that are accepted for each image, C those of the training labels.
         ks: numbers of neighbours.
@@ -46,6 +48,8 @@ def weighted_knn(
         chunk_size: test images compared at a time.
         train_chunk_size: with so many training images; bounds memory at chunk_size * train_chunk_size similarities, and
             a float32 copy of so many training features.
+        devices: each holds an equal share of the training features and finds the nearest in it, all at the same time;
+            the first one counts the votes. None named: the device of `train_features`.
 
     Raises:
         ValueError: for shapes that do not belong together, empty sets, or a k outside 1..R.
@@ -54,12 +58,14 @@ def weighted_knn(
     """
     _check_sets(train_features, train_labels, test_features, test_labels)
     _check_neighbours(ks, len(train_features), temperature)
-    train_labels, test_labels = train_labels.to(train_features.device), test_labels.to(train_features.device)
+    first, *others = [torch.device(name) for name in devices] or [train_features.device]
+    parts = _parts(train_features, [first, *others])
+    train_labels, test_labels = train_labels.to(first), test_labels.to(first)
     num_classes = int(train_labels.max()) + 1
     num_correct = dict.fromkeys(ks, 0)
     test_chunks, label_chunks = test_features.split(chunk_size), test_labels.split(chunk_size)
     for chunk, labels in zip(test_chunks, label_chunks, strict=True):
-        similarities, nearest = _nearest(chunk, train_features, max(ks), train_chunk_size)  # [b, max k] each
+        similarities, nearest = _nearest_of_parts(chunk, parts, max(ks), train_chunk_size)  # [b, max k] each
         # Taking the largest off scales all votes of a row alike, so that no temperature makes them overflow or all 0.
         weights = ((similarities - similarities[:, :1]) / temperature).exp()  # [b, max k]
         neighbour_labels = train_labels[nearest]  # [b, max k]
@@ -68,6 +74,28 @@ def weighted_knn(
             votes.scatter_add_(1, neighbour_labels[:, :k], weights[:, :k])
             num_correct[k] += int(is_right(votes.argmax(dim=1), labels).sum())
     return {k: correct / len(test_features) for k, correct in num_correct.items()}
+
+
+def _parts(train: Tensor, devices: Sequence[torch.device]) -> list[Tensor]:
+    """Return the training features in as many parts as there are devices, in order; fewer where there are fewer."""
+    return [
+        part.to(device) for part, device in zip(train.tensor_split(len(devices)), devices, strict=True) if len(part)
+    ]
+
+
+def _nearest_of_parts(test: Tensor, parts: Sequence[Tensor], k: int, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """Return what `_nearest` returns for all parts together, on the device of the first."""
+    # First all devices are given their work, then the first one waits for the others.
+    found = [_nearest(test.to(part.device), part, k, chunk_size) for part in parts]
+    starts = accumulate((len(part) for part in parts[:-1]), initial=0)
+    similarities = torch.cat([values.to(parts[0].device) for values, _ in found], dim=1)
+    rows = torch.cat([r.to(parts[0].device) + start for (_, r), start in zip(found, starts, strict=True)], dim=1)
+    return _largest(similarities, rows, k)
+
+
+def _largest(similarities: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    similarities, order = similarities.topk(min(k, similarities.shape[1]), dim=1)
+    return similarities, rows.gather(1, order)
 
 
 def _nearest(test: Tensor, train: Tensor, k: int, chunk_size: int) -> tuple[Tensor, Tensor]:
@@ -82,8 +110,7 @@ def _nearest(test: Tensor, train: Tensor, k: int, chunk_size: int) -> tuple[Tens
         values, places = found.topk(min(k, len(chunk)), dim=1)
         similarities = torch.cat([similarities, values], dim=1)
         rows = torch.cat([rows, places + number * chunk_size], dim=1)
-        similarities, order = similarities.topk(min(k, similarities.shape[1]), dim=1)
-        rows = rows.gather(1, order)
+        similarities, rows = _largest(similarities, rows, k)
     return similarities, rows
 
 

@@ -68,6 +68,11 @@ def _depth(numbers: Mapping[str, Any]) -> dict[str, float]:
     return {"depth RMSE, m": float(numbers["rmse"]), "depth delta1": float(numbers["delta1"])}
 
 
+def _corruptions(numbers: Mapping[str, Any]) -> dict[str, float]:
+    found = {"clean error": numbers["clean"], "corrupted error": numbers["mean_error"], "mCE": numbers["mce"]}
+    return {title: float(value) for title, value in found.items() if value is not None}
+
+
 def _segmentation(numbers: Mapping[str, Any]) -> dict[str, float]:
     return {"mIoU": float(numbers["miou"])}
 
@@ -78,6 +83,7 @@ def _detection(numbers: Mapping[str, Any]) -> dict[str, float]:
 
 _HEADLINES: dict[str, Callable[[Mapping[str, Any]], dict[str, float]]] = {
     "classification": _classification,
+    "corruptions": _corruptions,
     "equivariance": _equivariance,
     "video": _video,
     "homography": _homography,

@@ -29,6 +29,12 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default=found, metavar="NAME", help=f"cpu, cuda, cuda:1, ... (default: {found})")
 
 
+def add_knn_devices(parser: argparse.ArgumentParser) -> None:
+    """Add `--knn-devices`, which `run_command` checks."""
+    among = "several among which the training features are divided for k-NN (default: --device)"
+    parser.add_argument("--knn-devices", nargs="+", default=[], metavar="NAME", help=among)
+
+
 def run_command(
     command: Callable[[argparse.Namespace], int], args: argparse.Namespace, *, interrupted: str = "interrupted"
 ) -> int:
@@ -36,12 +42,13 @@ def run_command(
 
     Args:
         command: returns the exit code.
-        args: what it is given; where they hold a `device`, it is checked first.
+        args: what it is given; where they hold a `device` or `knn_devices`, these are checked first.
         interrupted: what is said after Ctrl-C.
     """
     keep_freed_memory()
     try:
-        _check_device(getattr(args, "device", "cpu"))
+        for name in (getattr(args, "device", "cpu"), *getattr(args, "knn_devices", ())):
+            _check_device(name)
         return command(args)
     except torch.OutOfMemoryError:
         return _end("error: the device has not enough memory: take smaller batches or images", EXIT_USER_ERROR)
@@ -73,7 +80,7 @@ def _check_device(name: str) -> None:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"--device takes cpu, cuda, cuda:1, ...; got {name!r}") from error
+        raise ValueError(f"a device is cpu, cuda, cuda:1, ...; got {name!r}") from error
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(f"--device {name}: PyTorch sees {count} CUDA devices here; take --device cpu or another")
+        raise ValueError(f"device {name}: PyTorch sees {count} CUDA devices here; take --device cpu or another")

@@ -26,7 +26,7 @@ from dinov2_equi.evaluation.eval_model import PLAIN_FEATURES, EvalModel, select_
 from dinov2_equi.evaluation.knn import DEFAULT_KS, TEMPERATURE, weighted_knn
 from dinov2_equi.evaluation.labelled import image_batches, matching_labels
 from dinov2_equi.evaluation.results import write_results
-from dinov2_equi.run.command import EXIT_DONE, add_device, command_parser, run_command
+from dinov2_equi.run.command import EXIT_DONE, add_device, add_knn_devices, command_parser, run_command
 from dinov2_equi.run.load import CONFIG_FILE, DATA_FORMS, RANDOM, is_run, load_eval_model
 
 DEFAULT_ARCH = "vit_small"
@@ -59,6 +59,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--num-workers", type=int, default=0, help="processes that decode images (default: 0, in this one)"
     )
     add_device(parser)
+    add_knn_devices(parser)
     parser.add_argument("--seed", type=int, default=0, help="of random weights (default: 0)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: knn.json in the run, or here without one")
     args = parser.parse_args(argv)
@@ -105,7 +106,13 @@ def run(args: argparse.Namespace) -> dict[int, float]:
         return select_features(pooled, args.features)
 
     accuracy = weighted_knn(
-        features(train), train_labels, features(val), val_labels, ks=ks, temperature=args.temperature
+        features(train),
+        train_labels,
+        features(val),
+        val_labels,
+        ks=ks,
+        temperature=args.temperature,
+        devices=args.knn_devices or [args.device],
     )
     write_results(
         args.output,

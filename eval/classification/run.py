@@ -44,7 +44,7 @@ from dinov2_equi.evaluation.results import write_results
 from dinov2_equi.evaluation.stored_features import stored_features
 from dinov2_equi.logging.console import get_console
 from dinov2_equi.logging.progress import training_progress
-from dinov2_equi.run.command import EXIT_DONE, add_device, command_parser, run_command
+from dinov2_equi.run.command import EXIT_DONE, add_device, add_knn_devices, command_parser, run_command
 from dinov2_equi.run.load import DATA_FORMS, FORMS, load_eval_models
 
 DEFAULT_CACHE = Path("~/.cache/dinov2_equi/features")
@@ -111,6 +111,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     task("--seed", type=int, default=0, help="of orders, draws and first weights of classifiers (default: 0)")
     add("--batch-size", type=int, default=64, help="images in one forward pass (default: 64)")
     add_device(parser)
+    add_knn_devices(parser)
     add(
         "--output",
         type=Path,
@@ -190,6 +191,7 @@ def task_settings(args: argparse.Namespace) -> TaskSettings:
         only_test_classes=args.only_val_classes,
         seed=args.seed,
         device=args.device,
+        knn_devices=args.knn_devices,
     )
 
 

@@ -112,8 +112,8 @@ def test_random_weights_are_scored(tmp_path: Path, images: Path, knn: ModuleType
         (("--weights", "random", "--arch", "vit_test_tiny", "--patch-size", "7"), "patch size 7"),
         (("--run", "no_such_run"), "no_such_run is no run"),
         (("--weights", "pixels", "--arch", "vit_small"), "--arch is for --weights random"),
-        (("--weights", "pixels", "--device", "cuda:64"), "--device cuda:64: PyTorch sees"),
-        (("--weights", "pixels", "--device", "gpu"), "--device takes cpu, cuda, cuda:1, ...; got 'gpu'"),
+        (("--weights", "pixels", "--device", "cuda:64"), "device cuda:64: PyTorch sees"),
+        (("--weights", "pixels", "--device", "gpu"), "a device is cpu, cuda, cuda:1, ...; got 'gpu'"),
     ],
 )
 def test_a_fault_of_the_input_is_said_plainly_and_leaves_no_file(

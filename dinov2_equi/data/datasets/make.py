@@ -14,6 +14,7 @@ from pathlib import Path
 from dinov2_equi.data.datasets.base import DatasetError, ImageDataset
 from dinov2_equi.data.datasets.folder import ImageFolder
 from dinov2_equi.data.datasets.image_net import ImageNet
+from dinov2_equi.data.datasets.image_net_variants import CORRUPTED, VARIANTS, image_net_c, image_net_variant
 from dinov2_equi.data.datasets.inaturalist import INaturalist2018
 from dinov2_equi.data.datasets.listed import LIST_SUFFIXES, TABLE_SUFFIXES, find_images, read_list, read_table
 from dinov2_equi.data.datasets.mixture import Mixture
@@ -46,6 +47,7 @@ def make_dataset(spec: str) -> ImageDataset:
 
     `sample_photos[:split=TRAIN|VAL][:regions=N]`, `small_photos[:split=TRAIN|TEST]`,
     `synthetic[:length=N][:size=HxW][:seed=N]`, `ImageNet:split=TRAIN|VAL:root=FOLDER`,
+    `ImageNetV2|A|R|Sketch:root=FOLDER`, `ImageNetC:root=FOLDER:corruption=NAME:severity=1..5`,
     `iNaturalist2018:split=TRAIN|VAL:root=FOLDER`,
     `torchvision:name=NAME:root=FOLDER[:split=train|val]`, `folder:root=FOLDER`, `list:path=FILE[:root=FOLDER]`,
     `table:path=FILE[:column=NAME][:label=NAME][:root=FOLDER]`, `glob:pattern=PATTERN`, `tar:path=PATTERN`;
@@ -180,6 +182,15 @@ def _build_image_net(values: Mapping[str, str]) -> ImageDataset:
     return ImageNet(_root("ImageNet", values), values.get("split", "TRAIN"), values.get("extra"))
 
 
+def _build_variant(name: str) -> Callable[[Mapping[str, str]], ImageDataset]:
+    return lambda values: image_net_variant(name, _root(name, values))
+
+
+def _build_image_net_c(values: Mapping[str, str]) -> ImageDataset:
+    severity = _integer(CORRUPTED, "severity", values, 1)
+    return image_net_c(_root(CORRUPTED, values), _needed(CORRUPTED, "corruption", values), severity)
+
+
 def _build_inaturalist(values: Mapping[str, str]) -> ImageDataset:
     return INaturalist2018(_root("iNaturalist2018", values), values.get("split", "TRAIN"))
 
@@ -216,6 +227,12 @@ _FORMS = {
     "small_photos": _Form("small_photos[:split=TRAIN|TEST]", ("split",), _build_small_photos),
     "synthetic": _Form("synthetic[:length=N][:size=HxW][:seed=N]", ("length", "size", "seed"), _build_synthetic),
     "ImageNet": _Form("ImageNet:split=TRAIN|VAL:root=FOLDER", ("split", "root", "extra"), _build_image_net),
+    **{name: _Form(f"{name}:root=FOLDER", ("root",), _build_variant(name)) for name in VARIANTS if name != CORRUPTED},
+    CORRUPTED: _Form(
+        f"{CORRUPTED}:root=FOLDER:corruption=NAME[:severity=1]",
+        ("root", "corruption", "severity"),
+        _build_image_net_c,
+    ),
     "iNaturalist2018": _Form("iNaturalist2018:split=TRAIN|VAL:root=FOLDER", ("split", "root"), _build_inaturalist),
     "torchvision": _Form(
         "torchvision:name=CIFAR10|Food101|...:root=FOLDER[:split=train|val]",

@@ -54,6 +54,15 @@ def test_accuracy_equals_a_plain_loop(temperature: float, train_chunk_size: int)
     assert 0.3 < got[5] < 0.95
 
 
+@pytest.mark.parametrize("num_devices", [1, 2, 3, 70])
+def test_share_of_a_device_is_left_out_or_counted_from_another_row(num_devices: int) -> None:
+    (train, train_labels), (test, test_labels) = clusters(60, 0), clusters(41, 1)
+    ks = (1, 5, 20, 60)  # more neighbours than a share of the training features has
+    alone = weighted_knn(train, train_labels, test, test_labels, ks=ks)
+    shared = weighted_knn(train, train_labels, test, test_labels, ks=ks, devices=["cpu"] * num_devices, chunk_size=16)
+    assert shared == alone
+
+
 def test_length_of_a_feature_does_not_matter() -> None:
     (train, labels), (test, truth) = clusters(50, 2), clusters(20, 3)
     stretched = train * torch.linspace(0.1, 10, len(train))[:, None]

@@ -164,7 +164,7 @@ class TrainingCrops(Dataset[dict[str, Any]]):
     def __getitem__(self, position: int) -> dict[str, Any]:
         """Return the crop at a position."""
         image, labels = self._samples[position]
-        return _packed(image, labels, img_shape=image.shape[-2:], ori_shape=image.shape[-2:])
+        return packed_sample(image, labels, img_shape=image.shape[-2:], ori_shape=image.shape[-2:])
 
 
 class WholeImages(Dataset[dict[str, Any]]):
@@ -185,10 +185,10 @@ class WholeImages(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return an image; lists where it is predicted in more than one size or mirrored."""
-        return test_sample(*self._data.load(index), self._settings, path=self._data.name(index))
+        return sample_for_test(*self._data.load(index), self._settings, path=self._data.name(index))
 
 
-def test_sample(
+def sample_for_test(
     image: Tensor, labels: Tensor | None, settings: SegmentationSettings, *, path: str = ""
 ) -> dict[str, Any]:
     """Return an image as mmsegmentation's models and their test-time augmentation take it.
@@ -205,13 +205,20 @@ def test_sample(
         for is_mirrored in (False, True) if settings.flip_test else (False,):
             view = resized.flip(-1) if is_mirrored else resized
             about = {"ori_shape": image.shape[-2:], "img_shape": resized.shape[-2:], "img_path": path}
-            views.append(_packed(view, labels, **about, flip=is_mirrored, flip_direction="horizontal"))
+            views.append(packed_sample(view, labels, **about, flip=is_mirrored, flip_direction="horizontal"))
     if len(views) == 1:
         return views[0]
     return {name: [view[name] for view in views] for name in views[0]}
 
 
-def _packed(image: Tensor, labels: Tensor | None, **about: Any) -> dict[str, Any]:
+def packed_sample(image: Tensor, labels: Tensor | None, **about: Any) -> dict[str, Any]:
+    """Return an image [3, H, W] in [0, 1] and its classes, int64 [1, h, w], in mmsegmentation's form.
+
+    Args:
+        image: what the model is given.
+        labels: None: not known.
+        about: sizes and the like, see `SegDataSample`.
+    """
     sample = SegDataSample(metainfo=about)
     if labels is not None:
         sample.gt_sem_seg = PixelData(data=labels)

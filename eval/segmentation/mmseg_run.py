@@ -36,7 +36,7 @@ from eval.segmentation.mmseg_loop import (
     newest_checkpoint,
     readable,
 )
-from eval.segmentation.mmseg_parts import TrainingCrops, WholeImages, test_sample
+from eval.segmentation.mmseg_parts import TrainingCrops, WholeImages, sample_for_test
 from eval.segmentation.mmseg_settings import UPERNET, MmsegSettings
 
 Split = tuple[SegmentationSet, SegmentationSet]
@@ -184,7 +184,9 @@ def run_mmseg(
         with readable(checkpoint):
             losses = _train(runner, settings)
     measures = _measure(runner, settings, val)
-    return TrainedSegmentation(backbone.name, losses, measures, lambda image: _predict(runner.model, settings, image))
+    return TrainedSegmentation(
+        backbone.name, losses, measures, lambda image: predict_classes(runner.model, settings, image)
+    )
 
 
 def _saving(folder: Path, settings: MmsegSettings, model: Any, identity: Mapping[str, Any]) -> SaveHook:
@@ -244,10 +246,10 @@ def _own_warnings_ignored() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _predict(model: Any, settings: MmsegSettings, image: Tensor) -> Tensor:
+def predict_classes(model: Any, settings: MmsegSettings, image: Tensor) -> Tensor:
     """Return the classes, int64 [1, H, W] on the CPU, of an image, uint8 [3, H, W]."""
     with _own_warnings_ignored():
-        (sample,) = model.test_step(pseudo_collate([test_sample(image, None, settings)]))
+        (sample,) = model.test_step(pseudo_collate([sample_for_test(image, None, settings)]))
     classes: Tensor = sample.pred_sem_seg.data.reshape(1, *image.shape[-2:]).cpu()
     return classes
 

@@ -212,7 +212,7 @@ def test_prediction_differs_from_the_plain_path(size: tuple[int, int], patch_siz
     for more in ({}, {"test_scales": (0.7, 1.0), "flip_test": True}):
         settings = dataclasses.replace(SMALL, **more)  # type: ignore[arg-type]
         model = MODELS.build({"type": "SegTTAModel", "module": theirs}) if more else theirs
-        found = mmseg_run._predict(model, settings, image)
+        found = mmseg_run.predict_classes(model, settings, image)
         assert found.shape == (1, *size) and found.dtype == torch.int64 and len(found.unique()) > 1
         # Windows are predicted one by one here and in batches there: a pixel between two classes may change sides.
         assert (found == plain.predict(image, settings)).float().mean() > 0.99
@@ -225,7 +225,7 @@ def test_loss_differs_from_the_plain_path(size: int) -> None:
     labels[:, :, :5] = IGNORE
 
     def loss(labels: Tensor) -> Tensor:
-        packed = [mmseg_parts._packed(image, values) for image, values in zip(images, labels, strict=True)]
+        packed = [mmseg_parts.packed_sample(image, values) for image, values in zip(images, labels, strict=True)]
         data = theirs.data_preprocessor(pseudo_collate(packed), training=True)
         found: Tensor = theirs(**data, mode="loss")["decode.loss_ce"]
         return found
@@ -268,7 +268,9 @@ def test_weights_are_drawn_anew_when_training_begins() -> None:
 def test_gradients_reach_a_frozen_backbone_or_miss_the_pyramid(finetune: bool) -> None:
     settings = dataclasses.replace(SMALL, head="upernet", channels=8, pyramid_channels=8, finetune=finetune)
     model = mmseg_run.build_model(mmseg_run.model_config(settings, backbone(14), C), 0).train()
-    packed = [mmseg_parts._packed(torch.rand(3, 21, 30), torch.ones(1, 21, 30, dtype=torch.int64)) for _ in range(2)]
+    packed = [
+        mmseg_parts.packed_sample(torch.rand(3, 21, 30), torch.ones(1, 21, 30, dtype=torch.int64)) for _ in range(2)
+    ]
     data = model.data_preprocessor(pseudo_collate(packed), training=True)
     terms = model(**data, mode="loss")
     (terms["decode.loss_ce"] + terms["aux.loss_ce"]).backward()
@@ -289,7 +291,7 @@ def test_pixels_as_backbone_have_no_classes() -> None:
     model = EvalModel(name="pixels", backbone=RawPixels(), patch_size=1)
     plain, theirs = both_models("linear", model)
     image = torch.randint(0, 256, (3, 30, 41), dtype=torch.uint8)
-    assert torch.equal(mmseg_run._predict(theirs, SMALL, image), plain.predict(image, SMALL))
+    assert torch.equal(mmseg_run.predict_classes(theirs, SMALL, image), plain.predict(image, SMALL))
 
 
 def test_learning_rates_differ_from_the_plain_path(tmp_path: Path, script: ModuleType, folder: Path) -> None:

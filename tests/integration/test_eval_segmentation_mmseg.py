@@ -398,7 +398,7 @@ def test_classes_are_numbered_otherwise_than_in_mmsegmentation(tmp_path: Path) -
     assert COCOStuffDataset.METAINFO["classes"] == COCO_STUFF_CLASSES
     values = [[0, 1, 20], [255, 7, 2]]
     write_pair(tmp_path / "images/training/a.jpg", tmp_path / "annotations/training/a.png", values)
-    pipeline = [{"type": "mmseg.LoadAnnotations", "reduce_zero_label": True}]
+    pipeline = [{"type": "mmseg.LoadAnnotations"}]
     prefix = {"img_path": "images/training", "seg_map_path": "annotations/training"}
     theirs = ADE20KDataset(data_root=str(tmp_path), data_prefix=prefix, pipeline=pipeline)[0]["gt_seg_map"]
     ours = make_segmentation_set("ade20k", tmp_path, "train").load(0)[1][0]
@@ -406,7 +406,6 @@ def test_classes_are_numbered_otherwise_than_in_mmsegmentation(tmp_path: Path) -
     write_pair(tmp_path / "JPEGImages/a.jpg", tmp_path / "SegmentationClass/a.png", values)
     (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
     (tmp_path / "ImageSets/Segmentation/train.txt").write_text("a\n")
-    pipeline = [{"type": "mmseg.LoadAnnotations"}]
     prefix = {"img_path": "JPEGImages", "seg_map_path": "SegmentationClass"}
     dataset = PascalVOCDataset(
         ann_file="ImageSets/Segmentation/train.txt", data_root=str(tmp_path), data_prefix=prefix, pipeline=pipeline

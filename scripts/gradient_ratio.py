@@ -17,6 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch  # noqa: E402 (after the path guard)
 
 from dinov2_equi.config.derive import derive  # noqa: E402
+from dinov2_equi.data.loaders import on_device  # noqa: E402
 from dinov2_equi.train import build  # noqa: E402
 from dinov2_equi.train.loop import load_finished  # noqa: E402
 from dinov2_equi.train.settings import load_run_config  # noqa: E402
@@ -40,7 +41,8 @@ def main() -> None:
     derived = derive(cfg, world_size=1)
     state = load_finished(cfg, derived, device=torch.device("cpu"), output_dir=run)
     dataset, _ = build.build_datasets(cfg)
-    batch = next(iter(build.build_loader(cfg, derived, dataset, start_step=0, pin_memory=False)))
+    loader = build.build_loader(cfg, derived, dataset, start_step=0, pin_memory=False)
+    batch = on_device(next(iter(loader)), torch.device("cpu"))
     weight = cfg.equi.loss_weight
     if weight == 0:
         raise SystemExit(

@@ -16,7 +16,7 @@ from benchmarks.fault_campaigns.small_run import CONFIG, ROOT
 from dinov2_equi.data.signals import STOP_SIGNALS
 from dinov2_equi.fsdp.checkpoint import CheckpointStore
 from dinov2_equi.logging.metrics import METRICS_NAME, read_metrics
-from dinov2_equi.run.train import EXIT_INTERRUPTED, EXIT_STOPPED
+from dinov2_equi.run.command import EXIT_INTERRUPTED, EXIT_STOPPED
 
 STEPS = 60
 SETTINGS = (

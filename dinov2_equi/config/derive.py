@@ -15,6 +15,9 @@ _EPOCHS_BETWEEN_CHECKPOINTS = 3  # DINOv2's fixed period
 class Derived:
     """Values that a run needs and that nobody sets; all durations in steps."""
 
+    batch_size_per_process: int
+    """Images of one process in a step, in all its micro-batches."""
+
     effective_batch_size: int
     """Images in a step, all processes together."""
 
@@ -41,8 +44,10 @@ def derive(config: Config, *, world_size: int) -> Derived:
     """Return what follows from a validated configuration on `world_size` processes."""
     assert world_size >= 1
     epoch_length = config.train.OFFICIAL_EPOCH_LENGTH
-    batch_size = config.train.batch_size_per_gpu * world_size
+    per_process = config.train.batch_size_per_gpu * config.train.gradient_accumulation_steps
+    batch_size = per_process * world_size
     return Derived(
+        batch_size_per_process=per_process,
         effective_batch_size=batch_size,
         lr=scaled_lr(config.optim.base_lr, batch_size),
         total_steps=config.optim.epochs * epoch_length,

@@ -6,6 +6,7 @@ Whatever is wrong with the input ends in a `ConfigError` that names file, key an
 from __future__ import annotations
 
 import io
+import json
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,8 +40,15 @@ _INTERPOLATION = "${"  # OmegaConf's references, such as ${oc.env:HOME}
 
 WITHOUT_EFFECT: Mapping[str, str] = {
     "compute_precision.grad_scaler": "bf16 and fp32 need no loss scaling",
-    "compute_precision.teacher": "set compute_precision.autocast",
-    "compute_precision.student": "set compute_precision.autocast",
+    **{
+        f"compute_precision.{owner}.{name}.mixed_precision.buffer_dtype": "the networks have no buffers"
+        for owner in ("teacher", "student")
+        for name in ("backbone", "dino_head", "ibot_head")
+    },
+    **{
+        f"compute_precision.teacher.{name}.mixed_precision.reduce_dtype": "the teacher has no gradients"
+        for name in ("backbone", "dino_head", "ibot_head")
+    },
     "train.saveckp_freq": "set train.checkpoint_every_steps",
     "train.cache_dataset": "DINOv2 does not read it either",
     "optim.lr": "set optim.base_lr; the learning rate is derived from it and the batch size",
@@ -151,11 +159,17 @@ def _walk(node: Mapping[Any, Any], prefix: str, source: str) -> Iterator[Setting
         if "." in str(name) or (key not in leaves and key not in sections):
             yield _unknown_key(key, value, source, prefix)
         elif key in leaves:
-            yield _check_type(key, value, source)
+            yield _check_type(key, _mixture_as_text(key, value), source)
         elif isinstance(value, dict):
             yield from _walk(value, f"{key}.", source)
         elif value is not None:  # None: a section whose entries are all commented out
             yield _section_got_value(key, value, source)
+
+
+def _mixture_as_text(key: str, value: Any) -> Any:
+    """Return `mix:[...]` for a data set written out as a mapping `mix: [{path: ..., weight: ...}, ...]`."""
+    is_mixture = key.endswith("dataset_path") and isinstance(value, dict) and set(value) == {"mix"}
+    return f"mix:{json.dumps(value['mix'], ensure_ascii=False)}" if is_mixture else value
 
 
 def _parse_override(override: str) -> Setting | Problem:

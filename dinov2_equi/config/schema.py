@@ -26,24 +26,29 @@ class ModelConfig:
 
 @dataclass
 class MixedPrecisionConfig:
-    """Number formats of one sharded module in DINOv2: each `fp32`, `fp16` or `bf16`."""
+    """Number formats of one sharded network: each `fp32`, `fp16` or `bf16`."""
 
     param_dtype: str = "fp16"
-    """Accepted for DINOv2's files, without effect here: see `compute_precision.autocast`."""
+    """Format in which sharded blocks and heads are gathered, where `compute_precision.autocast` comes to bf16: `bf16`
+    and `fp16` both mean bf16, which needs no loss scaling. The optimiser's copy is fp32."""
 
     reduce_dtype: str = "fp16"
-    """Accepted for DINOv2's files, without effect here."""
+    """Format in which sharded gradients are summed over the processes: `bf16`, or fp32, which `fp16` means too. The
+    teacher has none."""
 
     buffer_dtype: str = "fp32"
-    """Accepted for DINOv2's files, without effect here."""
+    """Accepted for DINOv2's files, without effect here: the networks have no buffers."""
 
 
 @dataclass
 class ModulePrecisionConfig:
-    """Sharding and number formats of one module in DINOv2."""
+    """Sharding and number formats of one network."""
 
     sharding_strategy: str = "SHARD_GRAD_OP"
-    """`NO_SHARD`, `SHARD_GRAD_OP` or `FULL_SHARD`. Accepted for DINOv2's files, without effect here."""
+    """Of several processes, where the parameters, gradients and moments of this network lie. `NO_SHARD`: whole on each.
+    `SHARD_GRAD_OP`: each has some rows, and gathers the rest from the forward to the backward pass. `FULL_SHARD`: lets
+    them go in between, for less memory. `HYBRID_SHARD` or `hybrid`: so inside a machine, with a copy on each machine.
+    Student and teacher must agree. A single process shards nothing."""
 
     mixed_precision: MixedPrecisionConfig = field(default_factory=MixedPrecisionConfig)
 
@@ -55,7 +60,7 @@ def _student_head_precision() -> ModulePrecisionConfig:
 
 @dataclass
 class TeacherPrecisionConfig:
-    """Sharding and number formats of the teacher's modules in DINOv2."""
+    """Sharding and number formats of the teacher's networks."""
 
     backbone: ModulePrecisionConfig = field(default_factory=ModulePrecisionConfig)
     dino_head: ModulePrecisionConfig = field(default_factory=ModulePrecisionConfig)
@@ -64,7 +69,7 @@ class TeacherPrecisionConfig:
 
 @dataclass
 class StudentPrecisionConfig:
-    """Sharding and number formats of the student's modules in DINOv2."""
+    """Sharding and number formats of the student's networks; decoder and expander follow its backbone, in fp32."""
 
     backbone: ModulePrecisionConfig = field(default_factory=ModulePrecisionConfig)
     dino_head: ModulePrecisionConfig = field(default_factory=_student_head_precision)
@@ -162,7 +167,13 @@ class TrainConfig:
     """Data, batch, checkpoints and device of a run."""
 
     batch_size_per_gpu: int = 64
-    """Images in the batch of one process, B."""
+    """Images that pass a network at once in one process; with `gradient_accumulation_steps` 1 all that it takes in a
+    step, B."""
+
+    gradient_accumulation_steps: int = 1
+    """Parts of `batch_size_per_gpu` images in which a process passes those of a step through the backbones, to save
+    memory. The losses see them all: as many images in other parts give the same numbers. Above 1 the student passes
+    once more in each step."""
 
     dataset_path: str = "ImageNet:split=TRAIN"
     """Data set: the path of a folder of images, of a list, a table, a pattern or tar shards, or a form such as
@@ -195,6 +206,10 @@ class TrainConfig:
     checkpoint_keep: int = 3
     """Number of checkpoints kept; older ones are deleted."""
 
+    async_checkpoint: bool = False
+    """Write checkpoints while the training goes on, from a copy in the memory of the CPU: weights, teacher and moments
+    once more. The last checkpoint, and that of a signal, are always waited for."""
+
     compile: bool = False
     """Compile each block of the backbones with `torch.compile`: some minutes at the start, faster steps on a GPU. Where
     it does not work the run goes on without, and the log says why."""
@@ -206,6 +221,10 @@ class TrainConfig:
     max_nonfinite_steps: int = 3
     """Steps in a row whose loss or gradient may be NaN or infinite. Such a step is skipped; after so many the run goes
     back to the weights of its last checkpoint, or stops if it has been there already."""
+
+    watchdog_seconds: float = 1800.0
+    """Seconds that a step, a checkpoint or the wait for images may take. After more every process writes where it
+    stands to `logs/stacks.rank*.txt` and ends with exit code 124. 0: wait for ever."""
 
     device: str = "auto"
     """`cpu`, `cuda`, or `auto` for CUDA where it is available."""
@@ -478,10 +497,19 @@ class EquiConfig:
 
 @dataclass
 class DataConfig:
-    """Normalisation, and images kept back from training."""
+    """How images are read and normalised, and which are kept back from training."""
+
+    in_channels: int = 3
+    """Channels of the images. 3: photographs, any file becomes 8-bit RGB. Another number (or `value_range`): npy, TIFF
+    and other files of that many channels, in full precision; grey, solarisation and the jitter of saturation and hue
+    are left out."""
+
+    value_range: list[float] = field(default_factory=list)
+    """Values of a file that become 0 and 1: [low, high]; what lies outside is cut off. Empty: the range of 8 or 16
+    bits. If set, images of three channels are read channel by channel too."""
 
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
-    """Mean of the red, green and blue channel of images in [0, 1]."""
+    """Mean of each channel of images in [0, 1]; `scripts/dataset_stats.py` measures it."""
 
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     """Standard deviation of the channels."""

@@ -15,7 +15,8 @@ from dinov2_equi.config.errors import ConfigError, Problem
 from dinov2_equi.config.keys import nearest
 from dinov2_equi.config.schema import Config
 
-_NUM_CHANNELS = 3
+_RGB_CHANNELS = 3
+_COLOR_FAMILY = "color"
 _MAX_SIGMA_PX, _MAX_ZOOM = 16, 4
 _MAX_CORNER_PX = 55
 """Below a quarter of 224: the four corners stay the corners of a convex shape."""
@@ -74,11 +75,6 @@ _COUNT = _at_least(1)
 _NOT_NEGATIVE = _at_least(0)
 _PROBABILITY = _fraction(with_zero=True, with_one=True)
 _BELOW_ONE = _fraction(with_zero=True, with_one=False)
-_THREE_NUMBERS = Rule("three numbers, for red, green and blue", lambda value: len(value) == _NUM_CHANNELS)
-_THREE_POSITIVE = Rule(
-    "three numbers above 0, for red, green and blue",
-    lambda value: len(value) == _NUM_CHANNELS and min(value) > 0,
-)
 
 _HEAD_RULES = ("head_n_prototypes", "head_bottleneck_dim", "head_nlayers", "head_hidden_dim")
 
@@ -95,6 +91,7 @@ RULES: Mapping[str, Rule] = {
     "vicreg.expander_dim": _COUNT,
     "vicreg.expander_nlayers": _COUNT,
     "train.batch_size_per_gpu": _COUNT,
+    "train.gradient_accumulation_steps": _COUNT,
     "train.dataset_path": Rule("the name of a data set or a folder", lambda value: bool(value.strip())),
     "train.saveckp_freq": _NOT_NEGATIVE,
     "train.seed": _within(0, 2**32 - 1),
@@ -103,6 +100,7 @@ RULES: Mapping[str, Rule] = {
     "train.checkpoint_every_steps": _NOT_NEGATIVE,
     "train.checkpoint_keep": _COUNT,
     "train.max_nonfinite_steps": _COUNT,
+    "train.watchdog_seconds": _NOT_NEGATIVE,
     "train.num_threads": _NOT_NEGATIVE,
     "student.patch_size": _COUNT,
     "student.drop_path_rate": _BELOW_ONE,
@@ -157,8 +155,13 @@ RULES: Mapping[str, Rule] = {
     "equi.decoder.num_heads": _COUNT,
     "equi.decoder.mlp_ratio": _POSITIVE,
     "equi.decoder.patch_fraction": _fraction(with_zero=False, with_one=True),
-    "data.mean": _THREE_NUMBERS,
-    "data.std": _THREE_POSITIVE,
+    "data.in_channels": _COUNT,
+    "data.value_range": Rule(
+        "two numbers [low, high] with low < high, or none",
+        lambda value: not value or (len(value) == 2 and value[0] < value[1]),
+    ),
+    "data.mean": Rule("numbers, one for each channel", lambda value: len(value) > 0),
+    "data.std": Rule("numbers above 0", lambda value: len(value) > 0 and min(value) > 0),
     "data.max_bad_fraction": _PROBABILITY,
     "data.holdout_fraction": _BELOW_ONE,
     "logging.metrics_every_steps": _COUNT,
@@ -175,16 +178,22 @@ RULES: Mapping[str, Rule] = {
 }
 """What each number must satisfy by itself; null passes where the schema allows it."""
 
+_LAYOUTS: Mapping[str, str] = {
+    "NO_SHARD": "whole",
+    "SHARD_GRAD_OP": "over all processes",
+    "FULL_SHARD": "over all processes",
+    "HYBRID_SHARD": "over the processes of a machine",
+    "hybrid": "over the processes of a machine",
+}
+"""Where the rows of a parameter lie, by sharding strategy."""
+
 _MODULES = tuple(
     f"{owner}.{name}" for owner in ("teacher", "student") for name in ("backbone", "dino_head", "ibot_head")
 )
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "compute_precision.autocast": ("auto", "fp32", "bf16"),
-    **{
-        f"compute_precision.{module}.sharding_strategy": ("NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD")
-        for module in _MODULES
-    },
+    **{f"compute_precision.{module}.sharding_strategy": tuple(_LAYOUTS) for module in _MODULES},
     **{
         f"compute_precision.{module}.mixed_precision.{dtype}": ("fp32", "fp16", "bf16")
         for module in _MODULES
@@ -243,7 +252,9 @@ def find_problems(
     return [
         *_backbone_problems(config, arch.embed_dim, arch.num_heads),
         *_crop_problems(config),
+        *_channel_problems(config, families),
         *_schedule_problems(config),
+        *_sharding_problems(config),
         *_loss_problems(config),
         *_equi_problems(config, arch, families),
     ]
@@ -294,6 +305,32 @@ def _crop_problems(config: Config) -> Iterator[Problem]:
             yield Problem(key, f"{key} must be a multiple of student.patch_size {patch}, got {size}; set {advice}")
 
 
+def is_rgb(config: Config) -> bool:
+    """Return whether images are read as photographs, not channel by channel."""
+    return config.data.in_channels == _RGB_CHANNELS and not config.data.value_range
+
+
+def _channel_problems(config: Config, families: Collection[str]) -> Iterator[Problem]:
+    count = config.data.in_channels
+    for key in ("data.mean", "data.std"):
+        value = value_at(config, key)
+        if len(value) != count:
+            wanted = "three numbers, for red, green and blue" if count == _RGB_CHANNELS else f"{count} numbers"
+            text = (
+                f"{key} must be {wanted} (data.in_channels is {count}), got {list(value)!r}; scripts/dataset_stats.py "
+                "measures them"
+            )
+            yield Problem(key, text)
+    drawn = config.equi.mixture if config.equi.family == "mixture" else [config.equi.family]
+    if _COLOR_FAMILY in drawn and not is_rgb(config):
+        others = ", ".join(name for name in families if name not in (_COLOR_FAMILY, "mixture"))
+        text = (
+            f"equi.family {config.equi.family!r} changes hue and saturation, which only photographs have: with "
+            f"data.in_channels {count} and data.value_range {list(config.data.value_range)} choose among {others}"
+        )
+        yield Problem("equi.family", text)
+
+
 def _schedule_problems(config: Config) -> Iterator[Problem]:
     epochs = config.optim.epochs
     for key in ("optim.warmup_epochs", "optim.freeze_last_layer_epochs"):
@@ -305,6 +342,18 @@ def _schedule_problems(config: Config) -> Iterator[Problem]:
     if 0 < config.optim.base_lr < config.optim.min_lr:
         text = f"optim.min_lr must not exceed optim.base_lr {config.optim.base_lr}, got {config.optim.min_lr}"
         yield Problem("optim.min_lr", text)
+
+
+def _sharding_problems(config: Config) -> Iterator[Problem]:
+    for name in ("backbone", "dino_head", "ibot_head"):
+        key = f"compute_precision.teacher.{name}.sharding_strategy"
+        teacher, student = value_at(config, key), value_at(config, key.replace("teacher", "student"))
+        if _LAYOUTS[teacher] != _LAYOUTS[student]:
+            text = (
+                f"{key} {teacher} lays parameters {_LAYOUTS[teacher]}, and that of the student, {student}, "
+                f"{_LAYOUTS[student]}: the teacher is a moving average of the student, set both to the same"
+            )
+            yield Problem(key, text)
 
 
 def _loss_problems(config: Config) -> Iterator[Problem]:
@@ -322,7 +371,8 @@ def _loss_problems(config: Config) -> Iterator[Problem]:
             "all 0, so there is nothing to train; set at least one"
         )
         yield Problem("dino.loss_weight", text)
-    if vicreg.loss_weight > 0 and config.train.batch_size_per_gpu == 1:
+    train = config.train
+    if vicreg.loss_weight > 0 and train.batch_size_per_gpu * train.gradient_accumulation_steps == 1:
         text = "train.batch_size_per_gpu must be at least 2 with VICReg, whose terms are statistics of the batch, got 1"
         yield Problem("train.batch_size_per_gpu", text)
 

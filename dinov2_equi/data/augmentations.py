@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from dinov2_equi.data import crop_pixels
+from dinov2_equi.data.color import adjust_brightness, adjust_contrast_, gaussian_blur
 from dinov2_equi.data.crop_pixels import Affine, Pixels
 from dinov2_equi.data.datasets.base import image_to_tensor
 
@@ -42,9 +44,9 @@ class Crops:
     """The crops of one image, in [0, 1], not normalised."""
 
     global_crops: Tensor
-    """float32 [G, 3, H, W]."""
+    """float32 [G, C, H, W]; C is 3 for photographs."""
     local_crops: Tensor
-    """float32 [L, 3, h, w]; [0, 3, h, w] without local crops."""
+    """float32 [L, C, h, w]; [0, C, h, w] without local crops."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ class CropRecipe:
     gray_prob: float
     blur_prob: float
     solarize_prob: float
+    has_color: bool = True
+    """Whether the jitter changes saturation and hue as well."""
 
     def __post_init__(self) -> None:
         """Check ranges.
@@ -126,7 +130,7 @@ class CropRecipe:
         return CropParams(
             box=box,
             is_flipped=flip < self.flip_prob,
-            jitter=_color_jitter_of(strengths) if jitter < self.jitter_prob else None,
+            jitter=_color_jitter_of(strengths, has_color=self.has_color) if jitter < self.jitter_prob else None,
             is_gray=gray < self.gray_prob,
             blur_sigma=least_sigma + (greatest_sigma - least_sigma) * blur_strength if blur < self.blur_prob else None,
             is_solarized=solarize < self.solarize_prob,
@@ -153,6 +157,9 @@ class DataAugmentationDINO:
         global_blur_probs: Probability of blur for the first and the second global crop.
         local_blur_prob: Probability of blur for a local crop.
         solarize_prob: Probability of solarisation, second global crop only.
+        is_rgb: The images are photographs. If not, their channels have no hue: grey, solarisation and the jitter of
+            saturation and hue are left out, that of brightness and contrast changes all channels alike. All other
+            random choices stay what they are.
 
     Raises:
         ValueError: A value out of its range, or an unknown `blur`.
@@ -175,6 +182,7 @@ class DataAugmentationDINO:
         global_blur_probs: tuple[float, float] = (1.0, 0.1),
         local_blur_prob: float = 0.5,
         solarize_prob: float = 0.2,
+        is_rgb: bool = True,
     ) -> None:
         if blur not in BLUR_CHOICES:
             raise ValueError(f"blur must be one of {', '.join(BLUR_CHOICES)}; got {blur!r}")
@@ -189,9 +197,10 @@ class DataAugmentationDINO:
                 scale=(scale[0], scale[1]),
                 flip_prob=flip_prob,
                 jitter_prob=jitter_prob,
-                gray_prob=gray_prob,
+                gray_prob=gray_prob if is_rgb else 0.0,
                 blur_prob=blur_prob if blur == "intended" else 1.0 - blur_prob,
-                solarize_prob=solarize_prob,
+                solarize_prob=solarize_prob if is_rgb else 0.0,
+                has_color=is_rgb,
             )
 
         crop_pixels.use_one_thread()
@@ -220,7 +229,7 @@ class DataAugmentationDINO:
         """Return the crops of an image.
 
         Args:
-            image: RGB image, or uint8 [3, H, W].
+            image: RGB image, uint8 [3, H, W], or float32 [C, H, W] in [0, 1], which is never rounded to 8 bits.
             rng: The only source of randomness; advanced.
         """
         source = image if isinstance(image, Tensor) else image_to_tensor(image)
@@ -233,21 +242,44 @@ class DataAugmentationDINO:
 
 
 def _make_crops(source: Tensor, choices: Sequence[CropParams], size: tuple[int, int]) -> Tensor:
-    """Return one crop for each of the choices, float32 [len(choices), 3, H, W], all of one size (H, W)."""
+    """Return one crop for each of the choices, float32 [len(choices), C, H, W], all of one size (H, W)."""
+    if source.is_floating_point():
+        channel_crops = [_make_channel_crop(source, params, size) for params in choices]
+        return torch.stack(channel_crops) if channel_crops else source.new_empty(0, len(source), *size)
     crops = torch.empty(len(choices), 3, *size)
     for crop, params in zip(crops, choices, strict=True):
         resized = crop_pixels.cut_and_resize(source, params.box, size)
         if params.is_flipped:
-            resized = np.ascontiguousarray(resized[:, ::-1])
+            resized = crop_pixels.flip(resized)
         crop_pixels.write_planes(_color(resized.astype(np.float32), params), crop)
-    return crops.div_(crop_pixels.FULL)
+    return crops
+
+
+def _make_channel_crop(source: Tensor, params: CropParams, size: tuple[int, int]) -> Tensor:
+    """Return one crop of an image float32 [C, h, w] in [0, 1] of any channels."""
+    top, left, height, width = params.box
+    cut = source[None, :, top : top + height, left : left + width]
+    crop = F.interpolate(cut, size, mode="bicubic", antialias=True).clamp_(0, 1)  # [1, C, H, W]
+    if params.is_flipped:
+        crop = crop.flip(3)
+    if params.jitter is not None:
+        crop = _jitter_channels(crop, params.jitter)
+    return crop[0] if params.blur_sigma is None else gaussian_blur(crop[0], params.blur_sigma, BLUR_KERNEL_PX)
+
+
+def _jitter_channels(crop: Tensor, jitter: ColorJitter) -> Tensor:
+    """Return a crop [1, C, H, W] with its brightness and contrast changed."""
+    brightness, contrast = torch.tensor(jitter.brightness), torch.tensor(jitter.contrast)
+    if jitter.order.index(0) < jitter.order.index(1):
+        return adjust_contrast_(adjust_brightness(crop, brightness), contrast)
+    return adjust_brightness(adjust_contrast_(crop.clone(), contrast), brightness)
 
 
 def make_crop(source: Tensor, params: CropParams, size: tuple[int, int]) -> Tensor:
-    """Return one crop as float32 [3, H, W] in [0, 1].
+    """Return one crop as float32 [C, H, W] in [0, 1].
 
     Args:
-        source: uint8 [3, H, W].
+        source: uint8 [3, H, W], or float32 [C, H, W] in [0, 1].
         params: What to do.
         size: (H, W) of the crop in pixels.
     """
@@ -339,9 +371,11 @@ def _largest_centred_box(source_size: tuple[int, int]) -> tuple[int, int, int, i
     return (source_size[0] - height) // 2, (source_size[1] - width) // 2, height, width
 
 
-def _color_jitter_of(uniforms: Sequence[float]) -> ColorJitter:
+def _color_jitter_of(uniforms: Sequence[float], *, has_color: bool) -> ColorJitter:
     """Return the jitter that eight numbers in [0, 1) stand for: four strengths, four keys of the order."""
     brightness, contrast, saturation, hue = (2.0 * value - 1.0 for value in uniforms[:4])
+    if not has_color:
+        saturation = hue = 0.0
     keys = uniforms[4:]
     return ColorJitter(
         brightness=1.0 + _BRIGHTNESS * brightness,

@@ -66,20 +66,22 @@ class BadImageLog:
         folder: The run folder.
         max_fraction: Greatest share of bad images in what was read, 0 to 1. Before 1,000 images were read, the share is
             taken of 1,000.
+        is_writer: False: count only. Of several processes that are told the same, one writes.
     """
 
-    def __init__(self, folder: Path, max_fraction: float) -> None:
+    def __init__(self, folder: Path, max_fraction: float, *, is_writer: bool = True) -> None:
         self._path = folder / FILE_NAME
+        self._is_writer = is_writer
         self._max_fraction = max_fraction
         self._num_seen = 0
         self._num_bad = 0
-        self._known = _known_indices(self._path)
+        self._known = _known_indices(self._path) if is_writer else set()
 
     def record(self, num_used: int, bad_images: Sequence[BadImage]) -> None:
         """Count the images of a batch, and the ones that were replaced to make it whole.
 
         Args:
-            num_used: Images in the batch.
+            num_used: Images in the batch, of all processes.
             bad_images: What was read in vain for it.
 
         Raises:
@@ -89,7 +91,8 @@ class BadImageLog:
         if not bad_images:
             return
         self._num_bad += len(bad_images)
-        self._write([image for image in bad_images if image.index not in self._known])
+        if self._is_writer:
+            self._write([image for image in bad_images if image.index not in self._known])
         if self._num_bad > self._max_fraction * max(self._num_seen, _LEAST_SEEN):
             shown = "; ".join(f"{image.path}: {image.reason}" for image in bad_images[:_SHOWN])
             raise TooManyBadImagesError(

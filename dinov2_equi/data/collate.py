@@ -34,7 +34,7 @@ class SourceSample:
     """An image, what to crop from it, and its place in the order of the whole training."""
 
     source: Tensor
-    """uint8 [3, H, W]."""
+    """uint8 [3, H, W], or float32 [C, H, W] in [0, 1]."""
     choices: Choices
     position: int
     bad_images: tuple[BadImage, ...] = ()
@@ -110,9 +110,9 @@ def _bad_images(samples: Sequence[Sample] | Sequence[SourceSample]) -> tuple[Bad
 
 
 def _pad_to_largest(images: Sequence[Tensor]) -> Tensor:
-    """Return [B, 3, H, W] with each image at the top left, as high and wide as the highest and the widest."""
+    """Return [B, C, H, W] with each image at the top left, as high and wide as the highest and the widest."""
     height, width = (max(image.shape[dim] for image in images) for dim in (1, 2))
-    padded = images[0].new_zeros(len(images), 3, height, width)
+    padded = images[0].new_zeros(len(images), len(images[0]), height, width)
     for place, image in zip(padded, images, strict=True):
         place[:, : image.shape[1], : image.shape[2]] = image
     return padded

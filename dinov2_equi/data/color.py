@@ -15,6 +15,7 @@ from torch.nn import functional as F
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
 """Weights of red, green and blue in the luma, as torchvision rounds those of ITU-R BT.601."""
 
+_RGB = 3
 _LEAST_SIGMA = 1e-3  # pixels: the kernel is a single 1 long before
 _LEAST_WEIGHT = 1e-6  # of a tap, the middle one being 1
 
@@ -54,13 +55,17 @@ def luma(images: Tensor) -> Tensor:
 
 
 def adjust_brightness(images: Tensor, factors: Tensor) -> Tensor:
-    """Return images [b, 3, H, W] times factors >= 0, [b, 1, 1, 1], clamped to [0, 1]."""
+    """Return images [b, C, H, W] times factors >= 0, [b, 1, 1, 1], clamped to [0, 1]."""
     return (images * factors).clamp_(0, 1)
 
 
 def adjust_contrast_(images: Tensor, factors: Tensor) -> Tensor:
-    """Move images [b, 3, H, W] away from their mean luma by factors >= 0, [b, 1, 1, 1]; clamped to [0, 1]."""
-    return _blend_(images, luma(images).mean(dim=(-2, -1), keepdim=True), factors)
+    """Move images [b, C, H, W] away from their mean by factors >= 0, [b, 1, 1, 1]; clamped to [0, 1].
+
+    The mean is that of the luma where there are three channels, else each channel's own.
+    """
+    level = luma(images) if images.shape[1] == _RGB else images
+    return _blend_(images, level.mean(dim=(-2, -1), keepdim=True), factors)
 
 
 def adjust_saturation_(images: Tensor, factors: Tensor) -> Tensor:
@@ -78,7 +83,7 @@ def gaussian_blur(image: Tensor, sigma: float, kernel_size: int = 9) -> Tensor:
     Rows, then columns: a weighted sum of shifted views each, which beats a convolution for three channels.
 
     Args:
-        image: float32 [3, H, W].
+        image: float32 [C, H, W].
         sigma: Standard deviation in pixels, > 0.
         kernel_size: Odd, in pixels; less along a side too short to mirror half a kernel.
     """

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dinov2_equi.data.augmentations import Crops
+from dinov2_equi.data.datasets.channels import channels_as_rgb
 
 TILE_PX = 160
 _GAP_PX = 4
@@ -21,14 +22,15 @@ def contact_sheet(sources: Sequence[Tensor], crops: Sequence[Crops], tile: int =
     Every picture is enlarged or shrunk to fit a tile; its shape stays as it is.
 
     Args:
-        sources: Images, uint8 [3, H, W], at least one.
+        sources: Images, uint8 [3, H, W], or float32 [C, H, W] in [0, 1], at least one.
         crops: What was cropped from each.
         tile: Side of a tile, pixels.
     """
     rows = []
     for source, parts in zip(sources, crops, strict=True):
-        pictures = [source.float() / 255, *parts.global_crops, *parts.local_crops]
-        rows.append(torch.cat([_tile(picture, tile) for picture in pictures], dim=2))
+        image = source if source.is_floating_point() else source / 255
+        pictures = [image, *parts.global_crops, *parts.local_crops]
+        rows.append(torch.cat([_tile(channels_as_rgb(picture), tile) for picture in pictures], dim=2))
     sheet = torch.cat(rows, dim=1)  # [3, rows * (tile + gap), columns * (tile + gap)]
     return (sheet * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
 

@@ -6,6 +6,7 @@ float32; the tests compare both.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import cv2
@@ -47,6 +48,11 @@ def cut_and_resize(source: Tensor, box: tuple[int, int, int, int], size: tuple[i
     if (height, width) != size:
         cut = F.interpolate(cut, size, mode="bicubic", antialias=True)
     return np.ascontiguousarray(cut[0].permute(1, 2, 0).numpy())  # [3, h, w] -> [h, w, 3]
+
+
+def flip(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Return pixels uint8 [h, w, 3] with left and right exchanged."""
+    return np.asarray(cv2.flip(pixels, 1), dtype=np.uint8)
 
 
 def _pixels(values: npt.ArrayLike) -> Pixels:
@@ -100,7 +106,7 @@ def turn_hue(pixels: Pixels, shift: float) -> Pixels:
     """Return pixels with their hue turned by a shift in turns."""
     hsv = _pixels(cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV))  # degrees, 0 to 1, 0 to 255
     # OpenCV takes hues beyond a turn, but none below 0.
-    np.add(hsv[:, :, 0], (shift % 1.0) * _HUE_DEGREES, out=hsv[:, :, 0])
+    cv2.add(hsv, np.array(((shift % 1.0) * _HUE_DEGREES, 0.0, 0.0, 0.0)), dst=hsv)
     return _pixels(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))
 
 
@@ -110,15 +116,16 @@ def blur(pixels: Pixels, sigma: float, kernel_px: int) -> Pixels:
     Taps too light to change a thousandth of a level are left out.
     """
     height, width = pixels.shape[:2]
-    across, down = (_kernel(sigma, min(kernel_px // 2, side - 1)) for side in (width, height))
+    across = _kernel(sigma, min(kernel_px // 2, width - 1))
+    down = across if width == height else _kernel(sigma, min(kernel_px // 2, height - 1))
     return _pixels(cv2.sepFilter2D(pixels, -1, across, down, borderType=cv2.BORDER_REFLECT_101))
 
 
 def _kernel(sigma: float, radius: int) -> Pixels:
-    taps = np.arange(-radius, radius + 1)
-    weights = np.exp(-0.5 * (taps / sigma) ** 2)
-    weights = weights[weights >= _LEAST_WEIGHT]
-    return _pixels(weights / weights.sum())
+    weights = [math.exp(-0.5 * (tap / sigma) ** 2) for tap in range(-radius, radius + 1)]
+    kept = [weight for weight in weights if weight >= _LEAST_WEIGHT]
+    total = sum(kept)
+    return _pixels([weight / total for weight in kept])
 
 
 def solarize_(pixels: Pixels, threshold: float) -> Pixels:
@@ -128,5 +135,6 @@ def solarize_(pixels: Pixels, threshold: float) -> Pixels:
 
 
 def write_planes(pixels: Pixels, crop: Tensor) -> None:
-    """Write pixels into a crop, float32 [3, H, W], contiguous."""
+    """Write pixels into a crop, float32 [3, H, W], contiguous, as 0 to 1."""
     cv2.mixChannels([pixels], list(crop.numpy()), [0, 0, 1, 1, 2, 2])
+    crop.div_(FULL)  # now, while it is in the cache

@@ -95,10 +95,11 @@ def plan_crops(choices: Sequence[Sequence[CropParams]], size: tuple[int, int]) -
 
 
 def make_crops(sources: Tensor, plan: CropPlan) -> Tensor:
-    """Return the crops of a batch as float32 [C*B, 3, H, W] in [0, 1], crop-major, on the device of `sources`.
+    """Return the crops of a batch as float32 [C*B, channels, H, W] in [0, 1], crop-major, on the device of `sources`.
 
     Args:
-        sources: uint8 [B, 3, h, w]; an image smaller than that lies at the top left, what is beside it is never seen.
+        sources: uint8 [B, 3, h, w], or float32 [B, channels, h, w] in [0, 1]; an image smaller than that lies at the
+            top left, what is beside it is never seen.
         plan: What to do, on the same device.
     """
     crops = _resized_crops(sources, plan)
@@ -111,9 +112,9 @@ def make_crops(sources: Tensor, plan: CropPlan) -> Tensor:
 
 def _resized_crops(sources: Tensor, plan: CropPlan) -> Tensor:
     """Return all cut-outs, resized and flipped: two matrix products for the C-th crops of all images."""
-    num_images, _, source_height, source_width = sources.shape
-    images = sources.to(torch.float32).div_(255.0)
-    crops = images.new_empty(len(plan.boxes), 3, *plan.size)
+    num_images, num_channels, source_height, source_width = sources.shape
+    images = sources if sources.is_floating_point() else sources.to(torch.float32).div_(255.0)
+    crops = images.new_empty(len(plan.boxes), num_channels, *plan.size)
     for start in range(0, len(crops), num_images):
         crop = slice(start, start + num_images)
         top, left, height, width = plan.boxes[crop].unbind(dim=1)
@@ -171,7 +172,7 @@ def _jitter_step(place: int, number: int, operation: ColorOperation, name: str) 
         if jitter is None or jitter.order[place] != number:
             return None
         value: float = getattr(jitter, name)
-        return value
+        return None if value == _NEUTRAL[number] else value
 
     return _ColorStep(operation, amount)
 
@@ -191,6 +192,8 @@ def _solarize(crops: Tensor, _: Tensor) -> Tensor:
     return torch.where(crops >= SOLARIZE_THRESHOLD, 1 - crops, crops)
 
 
+_NEUTRAL = (1.0, 1.0, 1.0, 0.0)
+"""Amounts that change nothing, in the order of `_JITTER`: channels without colours have no saturation and no hue."""
 _JITTER: tuple[tuple[ColorOperation, str], ...] = (
     (_per_image(adjust_brightness), "brightness"),
     (_per_image(adjust_contrast_), "contrast"),

@@ -18,8 +18,10 @@ from dinov2_equi.data.batch import Batch
 from dinov2_equi.data.collate import MaskRecipe, Sample, SourceSample, collate, collate_sources
 from dinov2_equi.data.crop_pixels import use_one_thread
 from dinov2_equi.data.datasets.base import ImageDataset, UnreadableImageError
+from dinov2_equi.data.datasets.blocks import blocks_of
 from dinov2_equi.data.masking import MaskingGenerator
-from dinov2_equi.data.samplers import PositionSampler, RandomStream, SampleOrder, random_generator
+from dinov2_equi.data.restarting_loader import RestartingLoader
+from dinov2_equi.data.samplers import BlockOrder, PositionSampler, RandomStream, SampleOrder, random_generator
 from dinov2_equi.data.signals import ignore_stop_signals
 from dinov2_equi.data.source_batch import SourceBatch
 
@@ -42,7 +44,10 @@ class PositionedImages:
         self.dataset = dataset
         self.augmentation = augmentation
         self.seed = seed
-        self._order = SampleOrder(len(dataset), seed)
+        blocks = blocks_of(dataset)
+        self._order: SampleOrder | BlockOrder = SampleOrder(len(dataset), seed)
+        if blocks is not None:
+            self._order = BlockOrder(blocks.lengths, blocks.buffer, seed)
 
     def load(self, position: int) -> tuple[Tensor, tuple[BadImage, ...]]:
         """Return the image at a position of the training, position >= 0 without an upper end: uint8 [3, H, W].
@@ -113,8 +118,10 @@ def make_train_loader(
     world_size: int = 1,
     pin_memory: bool = False,
     crop_later: bool = False,
-) -> DataLoader[Batch] | DataLoader[SourceBatch]:
+) -> RestartingLoader[Batch | SourceBatch]:
     """Return a loader over the batches of steps start_step .. start_step + num_steps - 1 of one rank.
+
+    Processes that are killed are replaced, and the batches stay what they are.
 
     Args:
         dataset: Where the images come from; at least one.
@@ -134,18 +141,23 @@ def make_train_loader(
     """
     masks = MaskRecipe(mask_generator, mask_probability, mask_ratio_min_max, seed, world_size * batch_size)
     kind, collate_fn = _kind_of_samples(augmentation, masks, crop_later=crop_later)
-    return DataLoader(
-        kind(dataset, augmentation, seed),
-        batch_sampler=PositionSampler(
-            batch_size=batch_size, start_step=start_step, num_steps=num_steps, rank=rank, world_size=world_size
-        ),
-        num_workers=num_workers,
-        collate_fn=collate_fn,
-        worker_init_fn=_start_worker,
-        pin_memory=pin_memory,
-        # Without a generator of its own the loader would take a number from PyTorch's global one at each start.
-        generator=torch.Generator().manual_seed(seed),
-    )
+    images = kind(dataset, augmentation, seed)
+
+    def make_loader(first_step: int, count: int) -> DataLoader[Any]:
+        return DataLoader(
+            images,
+            batch_sampler=PositionSampler(
+                batch_size=batch_size, start_step=first_step, num_steps=count, rank=rank, world_size=world_size
+            ),
+            num_workers=num_workers,
+            collate_fn=collate_fn,
+            worker_init_fn=_start_worker,
+            pin_memory=pin_memory,
+            # Without a generator of its own the loader would take a number from PyTorch's global one at each start.
+            generator=torch.Generator().manual_seed(seed),
+        )
+
+    return RestartingLoader(make_loader, start_step=start_step, num_steps=num_steps)
 
 
 def _kind_of_samples(

@@ -12,3 +12,8 @@ def ignore_stop_signals() -> None:
     """Leave the decision to the training process: Ctrl-C and schedulers signal its loader processes as well."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def start_worker(_: int) -> None:
+    """Ignore them from the start of a DataLoader's worker on; for its `worker_init_fn`."""
+    ignore_stop_signals()

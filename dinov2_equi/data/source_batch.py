@@ -19,7 +19,7 @@ class SourceBatch:
     """B images, and what a `Batch` of them needs: which crops to make, and the masks."""
 
     sources: Tensor
-    """uint8 [B, 3, H, W]; a smaller image lies at the top left."""
+    """uint8 [B, 3, H, W], or float32 [B, C, H, W] in [0, 1]; a smaller image lies at the top left."""
     global_plan: CropPlan
     local_plan: CropPlan
     masks: Tensor

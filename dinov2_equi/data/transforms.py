@@ -22,10 +22,18 @@ def normalize(images: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequen
     """Return (images - mean) / std per channel.
 
     Args:
-        images: floating point [..., 3, H, W] in [0, 1].
+        images: floating point [..., C, H, W] in [0, 1].
         mean: One value a channel.
         std: One value a channel.
+
+    Raises:
+        ValueError: Another number of channels; names both.
     """
+    if images.shape[-3] != len(mean):
+        raise ValueError(
+            f"the network reads images of {len(mean)} channels, these have {images.shape[-3]}: data.in_channels of its "
+            "run says which it was trained on"
+        )
     shape = (-1, 1, 1)
     mean_tensor = torch.tensor(mean, dtype=images.dtype, device=images.device).view(shape)
     std_tensor = torch.tensor(std, dtype=images.dtype, device=images.device).view(shape)
@@ -51,14 +59,16 @@ class EvalTransform:
             raise ValueError(f"needs sides >= 1 and resize >= the larger one; got {self.size}, resize {self.resize}")
 
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
-        """Return an image as float32 [3, H, W] in [0, 1], not normalised.
+        """Return an image as float32 [C, H, W] in [0, 1], not normalised.
 
         Args:
-            image: RGB image, or uint8 [3, H, W].
+            image: RGB image, uint8 [3, H, W], or float32 [C, H, W] in [0, 1].
         """
         source = image if isinstance(image, Tensor) else image_to_tensor(image)
         resized = tvf.resize(source, [self.resize], InterpolationMode.BICUBIC, antialias=True)
         crop: Tensor = tvf.center_crop(resized, list(self.size))
+        if crop.is_floating_point():
+            return crop.contiguous().clamp_(0, 1)
         return crop.contiguous().to(torch.float32).div_(255.0)
 
 

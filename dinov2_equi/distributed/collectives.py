@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -108,7 +110,7 @@ def _average_bucket_(tensors: list[Tensor]) -> None:
         tensor.copy_(mean.view_as(tensor))
 
 
-def gather_bytes(values: Tensor, device: torch.device) -> list[Tensor]:
+def gather_bytes(values: Tensor, device: torch.device | str) -> list[Tensor]:
     """Return the uint8 tensors of all ranks, of one length, on the CPU and in the order of the ranks.
 
     Args:
@@ -122,13 +124,41 @@ def gather_bytes(values: Tensor, device: torch.device) -> list[Tensor]:
     return [part.cpu() for part in parts]
 
 
-def largest_of_ranks(value: int, device: torch.device) -> int:
+def gather_values(value: Any, device: torch.device | str) -> list[Any]:
+    """Return the values of all ranks, on every rank, in the order of the ranks. As JSON: floats keep all their digits.
+
+    Args:
+        value: what JSON can hold; NaN and infinity too.
+        device: where the process group communicates.
+    """
+    if not is_distributed():
+        return [value]
+    own = json.dumps(value).encode()
+    lengths = [part.view(torch.int64) for part in gather_bytes(_as_bytes(len(own).to_bytes(8, sys.byteorder)), device)]
+    longest = max(int(length) for length in lengths)
+    parts = gather_bytes(_as_bytes(own.ljust(longest)), device)
+    return [json.loads(bytes(part.tolist()[: int(length)])) for part, length in zip(parts, lengths, strict=True)]
+
+
+def _as_bytes(text: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def largest_of_ranks(value: int, device: torch.device | str) -> int:
     """Return the greatest of the ranks' numbers, on every rank."""
     if not is_distributed():
         return value
     number = torch.tensor(value, device=device)
     dist.all_reduce(number, op=dist.ReduceOp.MAX)
     return int(number)
+
+
+@torch.no_grad()
+def from_main_process(tensor: Tensor) -> Tensor:
+    """Give ``tensor`` the values that it has on the main process, in place, and return it; same shape on every rank."""
+    if is_distributed():
+        dist.broadcast(tensor, src=0)
+    return tensor
 
 
 def wait_for_all_ranks() -> None:

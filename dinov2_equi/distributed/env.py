@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch.distributed as dist
 
 
@@ -20,6 +22,31 @@ def get_world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
+def get_local_world_size() -> int:
+    """Return the number of the run's processes on this machine, as the launcher says; all of them where it does not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or get_world_size()
+
+
 def is_main_process() -> bool:
     """Return whether this is rank 0, the only process that speaks and writes shared files."""
     return get_rank() == 0
+
+
+def share_of_rank(count: int) -> range:
+    """Return which of `count` things this process does: every W-th, so that all are done by one."""
+    return range(get_rank(), count, get_world_size())
+
+
+def share_of_batch(batch_size: int) -> int:
+    """Return how many images of a batch of all processes this process has.
+
+    Raises:
+        ValueError: they cannot be divided evenly.
+    """
+    world_size = get_world_size()
+    if batch_size % world_size:
+        raise ValueError(
+            f"batch_size={batch_size} counts the images of all processes: take a multiple of {world_size}, as many as "
+            "there are"
+        )
+    return batch_size // world_size

@@ -37,14 +37,14 @@ def read_launch() -> Launch:
         if missing:
             raise ValueError(
                 f"WORLD_SIZE={world_size}, but {', '.join(missing)} is not set: start the processes by "
-                "torchrun --nproc-per-node N dinov2_equi/run/train.py ..., or unset WORLD_SIZE"
+                "torchrun --nproc-per-node N SCRIPT ..., or unset WORLD_SIZE"
             )
         return Launch(world_size, int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]))
     num_tasks = int(os.environ.get("SLURM_NTASKS", "1"))
     if num_tasks > 1 and "SLURM_PROCID" in os.environ:
         raise ValueError(
-            f"SLURM_NTASKS={num_tasks}: each task would train a run of its own into the same folder. Start one task a "
-            "machine (--ntasks-per-node=1) that calls torchrun --nproc-per-node N dinov2_equi/run/train.py ..."
+            f"SLURM_NTASKS={num_tasks}: each task would write a run of its own into the same folder. Start one task a "
+            "machine (--ntasks-per-node=1) that calls torchrun --nproc-per-node N SCRIPT ..."
         )
     return Launch()
 

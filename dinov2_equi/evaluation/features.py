@@ -105,9 +105,9 @@ def image_pieces(images: Tensor | Iterable[Tensor], batch_size: int) -> Iterator
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     groups: Iterable[Tensor] = (images,) if isinstance(images, Tensor) else images
     for group in groups:
-        if group.ndim != 4 or group.shape[1] != 3:
+        if group.ndim != 4:
             raise ValueError(
-                f"expected images of shape [n, 3, H, W], got {list(group.shape)}; stack single images first"
+                f"expected images of shape [n, channels, H, W], got {list(group.shape)}; stack single images first"
             )
         yield from (piece for piece in torch.split(group, batch_size) if len(piece))
 

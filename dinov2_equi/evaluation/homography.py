@@ -12,15 +12,26 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from dinov2_equi.data.datasets.base import ImageDataset
+from dinov2_equi.data.samplers import PositionSampler
+from dinov2_equi.data.signals import start_worker
+from dinov2_equi.distributed.collectives import (
+    all_reduce_mean,
+    average_gradients_,
+    gather_values,
+    largest_of_ranks,
+    wait_for_all_ranks,
+)
+from dinov2_equi.distributed.env import get_rank, get_world_size, is_main_process, share_of_batch, share_of_rank
 from dinov2_equi.evaluation.dense_features import at_image_size, check_features, feature_map, resample, whole_patches
 from dinov2_equi.evaluation.eval_model import EvalModel
 from dinov2_equi.evaluation.homography_pairs import (
@@ -183,10 +194,15 @@ def fit_homography(
     num_workers: int = 0,
     save_every: int = 500,
     on_step: Callable[[int, float | None], None] | None = None,
-) -> HomographyResult:
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> HomographyResult | None:
     """Train a head, going on from the last checkpoint in `folder`, and measure it on pairs of other images.
 
-    A training that was stopped and goes on gives the same numbers as one that was not, on the same device.
+    A training that was stopped and goes on gives the same numbers as one that was not, on the same device. Every
+    process of a group must call it; they divide the pairs of each step and of the measurement, and the first writes.
+
+    Returns:
+        what was reached; None where a process was asked to stop, after a checkpoint.
 
     Args:
         model: its weights live on `device`; trained on where `settings.backbone_lr` is not 0.
@@ -197,6 +213,7 @@ def fit_homography(
         num_workers: processes that make pairs.
         save_every: steps between checkpoints.
         on_step: called with the number of steps done and the loss.
+        asked_to_stop: asked after each step.
 
     Raises:
         ValueError: settings out of range, a checkpoint of another training, or a loss that is not finite.
@@ -207,25 +224,36 @@ def fit_homography(
     net = HomographyNet(model, settings).to(device)
     optimizer = torch.optim.AdamW(_parameter_groups(net, settings), betas=(0.9, 0.999))
     store = CheckpointStore(folder, keep=2)
+    wait_for_all_ranks()  # until the first one has cleared what a crash left
     step, losses = _resume(net, optimizer, store, key)
     if on_step is not None and step:
         on_step(step, None)
-    pairs = HomographyPairs(
-        train,
-        settings.pairs,
-        length=settings.steps * settings.batch_size,
-        stream=TRAIN_STREAM,
-        seed=settings.seed,
-        first=step * settings.batch_size,
-    )
-    for batch in DataLoader(pairs, settings.batch_size, num_workers=num_workers) if len(pairs) else ():
+    for batch in _loader(train, settings, step, num_workers):
         losses.append(_step(net, optimizer, Pair(*batch), settings, step=step, device=device))
         step += 1
-        if step % save_every == 0 or step == settings.steps:
+        is_stopped = largest_of_ranks(int(asked_to_stop()), device) > 0
+        if is_main_process() and (step % save_every == 0 or step == settings.steps or is_stopped):
             _save(net, optimizer, store, step, {"key": key, "losses": losses})
         if on_step is not None:
             on_step(step, losses[-1])
+        if is_stopped:
+            return None
     return measure_homography(net, test, losses, device=device, num_workers=num_workers)
+
+
+def _loader(train: ImageDataset, settings: HomographySettings, start: int, num_workers: int) -> DataLoader[Pair]:
+    """Return the batches of this process from a step on."""
+    pairs = HomographyPairs(
+        train, settings.pairs, length=settings.steps * settings.batch_size, stream=TRAIN_STREAM, seed=settings.seed
+    )
+    sampler = PositionSampler(
+        batch_size=share_of_batch(settings.batch_size),
+        start_step=start,
+        num_steps=settings.steps - start,
+        rank=get_rank(),
+        world_size=get_world_size(),
+    )
+    return DataLoader(pairs, batch_sampler=sampler, num_workers=num_workers, worker_init_fn=start_worker)
 
 
 def training_key(model: EvalModel, train: ImageDataset, settings: HomographySettings) -> str:
@@ -274,11 +302,12 @@ def _step(
         group["lr"] = group["base_lr"] * _schedule(step, settings.steps)
     shifts = batch.shifts.to(device)
     loss = F.mse_loss(net(batch.first.to(device), batch.second.to(device)), shifts) / settings.pairs.max_shift**2
-    value = float(loss.detach())
+    value = float(all_reduce_mean(loss.detach()))
     if not math.isfinite(value):
         raise ValueError(f"the loss of step {step} is {value}: lower the learning rate, or look at the images")
     optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(loss)
+    average_gradients_(net.parameters())
     optimizer.step()
     return value
 
@@ -330,14 +359,21 @@ def measure_homography(
 ) -> HomographyResult:
     """Return what a head reaches on the test pairs, which depend on the images and the number of pairs alone."""
     settings = net.settings
+    pairs = pairs_to_measure(test, settings)
+    share = Subset(pairs, share_of_rank(len(pairs)))
     predicted, shifts = [], []
-    for first, second, truth, _ in DataLoader(
-        pairs_to_measure(test, settings), settings.batch_size, num_workers=num_workers
-    ):
+    for first, second, truth, _ in DataLoader(share, settings.batch_size, num_workers=num_workers):
         predicted.append(net(first.to(device), second.to(device)).cpu())
         shifts.append(truth)
-    found, true = torch.cat(predicted), torch.cat(shifts)
+    found, true = (_of_all_ranks(parts, device) for parts in (predicted, shifts))
     return HomographyResult(corner_errors(found, true), found, true, list(_means(losses, 100)))
+
+
+def _of_all_ranks(parts: list[Tensor], device: torch.device | str) -> Tensor:
+    """Return the rows [n, 4, 2] of all processes in the order of the pairs."""
+    shares = gather_values([row for part in parts for row in part.tolist()], device)
+    rows = [row for group in zip_longest(*shares) for row in group if row is not None]
+    return torch.tensor(rows)
 
 
 def pairs_to_measure(images: ImageDataset, settings: HomographySettings) -> HomographyPairs:

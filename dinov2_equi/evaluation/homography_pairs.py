@@ -111,7 +111,6 @@ class HomographyPairs(Dataset[Pair]):
         length: Number of pairs; every pass over the images takes them in another order.
         stream: What the pairs are for, so that no two uses draw the same.
         seed: Of the draws.
-        first: Number of the first pair, for a training that goes on.
     """
 
     def __init__(
@@ -122,7 +121,6 @@ class HomographyPairs(Dataset[Pair]):
         length: int,
         stream: RandomStream = TRAIN_STREAM,
         seed: int = 0,
-        first: int = 0,
     ) -> None:
         settings.check()
         self.images = images
@@ -130,11 +128,10 @@ class HomographyPairs(Dataset[Pair]):
         self._length = length
         self._stream = stream
         self._seed = seed
-        self._first = first
 
     def __len__(self) -> int:
         """Return the number of pairs."""
-        return self._length - self._first
+        return self._length
 
     def __getitem__(self, index: int) -> Pair:
         """Return a pair.
@@ -142,13 +139,12 @@ class HomographyPairs(Dataset[Pair]):
         Raises:
             DatasetError: the image cannot be decoded; names the file.
         """
-        number = self._first + index
-        epoch, place = divmod(number, len(self.images))
+        epoch, place = divmod(index, len(self.images))
         order = _order(int(self._stream), self._seed, epoch, len(self.images))
         # The longer side, or an upright JPEG would be decoded smaller than it is needed.
         image = self.images.load_tensor(int(order[place]), max(self.settings.image_size))
         resized = tvf.resize(image, list(self.settings.image_size), InterpolationMode.BICUBIC, antialias=True)
-        rng = random_generator(self._stream, self._seed, number)
+        rng = random_generator(self._stream, self._seed, index)
         return make_pair(resized.float() / 255, self.settings, rng)
 
 

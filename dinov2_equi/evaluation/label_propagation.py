@@ -72,39 +72,66 @@ class LabelledFrame:
     """Whether the radius holds for it."""
 
 
-def propagate(features: Iterable[Tensor], first_labels: Tensor, settings: PropagationSettings) -> Iterator[Tensor]:
-    """Yield the soft labels [C, h, w] of every frame of a clip, the first as given.
-
-    Only the first frame and the last `settings.context` ones are kept.
+class LabelPropagation:
+    """Carries labels from frame to frame, and keeps only the first frame and the last `settings.context` ones.
 
     Args:
-        features: a map [D, h, w] of each frame, in order; need not be of unit length.
         first_labels: [C, h, w] float32, weights of each label in the first frame's patches; 0 everywhere in a patch
             without any label.
         settings: how labels are carried on.
 
     Raises:
-        ValueError: for settings out of range, or a frame of another grid than the first.
+        ValueError: for settings out of range.
     """
-    settings.check()
-    is_filled = settings.protocol == "cropmae"
-    first: LabelledFrame | None = None
-    recent: deque[LabelledFrame] = deque(maxlen=settings.context)
-    for number, frame in enumerate(features):
-        unit = F.normalize(frame.float(), dim=0)
-        if unit.shape[1:] != first_labels.shape[1:]:
+
+    def __init__(self, first_labels: Tensor, settings: PropagationSettings) -> None:
+        settings.check()
+        self._first_labels = first_labels
+        self._settings = settings
+        self._first: LabelledFrame | None = None
+        self._taken = 0
+        self._recent: deque[LabelledFrame] = deque(maxlen=settings.context)
+
+    def next(self, features: Tensor, known: Tensor | None = None) -> Tensor:
+        """Return the soft labels [C, h, w] of the next frame of the clip; of the first one those that are given.
+
+        Args:
+            features: [D, h, w], need not be of unit length.
+            known: labels that this frame was given before; they are not looked for again.
+
+        Raises:
+            ValueError: for a frame of another grid than the first labels.
+        """
+        unit = F.normalize(features.float(), dim=0)
+        grid = list(self._first_labels.shape[1:])
+        if list(unit.shape[1:]) != grid:
             raise ValueError(
-                f"expected features of frame {number} on the grid {list(first_labels.shape[1:])} of the first labels, "
-                f"got {list(unit.shape[1:])}; all frames of a clip must have one size"
+                f"expected features of frame {self._taken} on the grid {grid} of the first labels, got "
+                f"{list(unit.shape[1:])}; all frames of a clip must have one size"
             )
-        if first is None:
-            labels = first_labels.to(unit)
-            first = LabelledFrame(unit, labels, is_limited=not is_filled)
-            recent.extend([LabelledFrame(unit, labels)] * (settings.context if is_filled else 0))
+        self._taken += 1
+        if self._first is None:
+            return self._start(unit)
+        if known is None:
+            labels = transfer_labels(unit, [self._first, *self._recent], self._settings)
         else:
-            labels = transfer_labels(unit, [first, *recent], settings)
-            recent.append(LabelledFrame(unit, labels))
-        yield labels
+            labels = known.to(unit)
+        self._recent.append(LabelledFrame(unit, labels))
+        return labels
+
+    def _start(self, unit: Tensor) -> Tensor:
+        is_filled = self._settings.protocol == "cropmae"
+        labels = self._first_labels.to(unit)
+        self._first = LabelledFrame(unit, labels, is_limited=not is_filled)
+        self._recent.extend([LabelledFrame(unit, labels)] * (self._settings.context if is_filled else 0))
+        return labels
+
+
+def propagate(features: Iterable[Tensor], first_labels: Tensor, settings: PropagationSettings) -> Iterator[Tensor]:
+    """Yield the soft labels [C, h, w] of every frame of a clip, the first as given; see `LabelPropagation`."""
+    propagation = LabelPropagation(first_labels, settings)
+    for frame in features:
+        yield propagation.next(frame)
 
 
 def transfer_labels(

@@ -1,8 +1,10 @@
-"""Index masks as files and over photographs, and clips of them as animated GIF."""
+"""Index masks as files and over photographs, and clips of them as MP4 or animated GIF."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.util
 import itertools
 import os
 from collections.abc import Iterable
@@ -16,6 +18,10 @@ from dinov2_equi.evaluation.mask_metrics import VOID, mask_boundary
 
 MAX_PANEL_WIDTH = 320
 """Width of one picture in an animation, pixels: larger ones only make the file larger."""
+MAX_GIF_FRAMES = 60
+"""A GIF of more is large, and Pillow holds all its pictures in memory."""
+
+_FRAMES_PER_SECOND = 12.0
 
 _OPACITY = 0.5
 _BITS = 8
@@ -82,10 +88,67 @@ def _reduced(picture: Picture) -> Image.Image:
     return image.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
 
 
-def write_gif(path: Path, pictures: Iterable[Picture], *, frames_per_second: float = 12.0) -> None:
+def has_mp4() -> bool:
+    """Return whether clips can be written as MP4: whether imageio-ffmpeg, which brings an encoder, is installed."""
+    return importlib.util.find_spec("imageio_ffmpeg") is not None
+
+
+def max_animation_frames() -> int | None:
+    """Return how many pictures of a clip `write_animation` is to be given at most; None: any number."""
+    return None if has_mp4() else MAX_GIF_FRAMES
+
+
+def write_animation(path: Path, pictures: Iterable[Picture]) -> Path:
+    """Write pictures as `path.mp4`, or as `path.gif` where there is no encoder, and return the file.
+
+    Raises:
+        ValueError: for no picture.
+    """
+    if has_mp4():
+        return write_mp4(path.with_name(f"{path.name}.mp4"), pictures)
+    return write_gif(path.with_name(f"{path.name}.gif"), pictures)
+
+
+def write_mp4(path: Path, pictures: Iterable[Picture], *, frames_per_second: float = _FRAMES_PER_SECOND) -> Path:
+    """Write pictures [H, W, 3] of one size as a film (H.264), under a temporary name first, and return the file.
+
+    The pictures are taken one by one. A side of an odd number of pixels, which the format does not know, is filled up
+    by one.
+
+    Raises:
+        ValueError: for no picture.
+        ImportError: without imageio-ffmpeg.
+    """
+    import imageio_ffmpeg
+
+    frames = (np.pad(p, ((0, p.shape[0] % 2), (0, p.shape[1] % 2), (0, 0)), mode="edge") for p in pictures)
+    first = next(frames, None)
+    if first is None:
+        raise ValueError(f"expected at least one picture for {path}, got none")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pending = path.with_name(f".{path.stem}.{os.getpid()}.tmp.mp4")  # the encoder goes by the ending
+    writer = imageio_ffmpeg.write_frames(
+        str(pending),
+        (first.shape[1], first.shape[0]),
+        fps=frames_per_second,
+        macro_block_size=2,
+        ffmpeg_log_level="error",
+    )
+    try:
+        with contextlib.closing(writer):
+            writer.send(None)
+            for frame in itertools.chain([first], frames):
+                writer.send(np.ascontiguousarray(frame))
+        pending.replace(path)
+    finally:
+        pending.unlink(missing_ok=True)
+    return path
+
+
+def write_gif(path: Path, pictures: Iterable[Picture], *, frames_per_second: float = _FRAMES_PER_SECOND) -> Path:
     """Write pictures [H, W, 3] of one size as an endless animation, under a temporary name first.
 
-    The pictures are taken one by one, so a long clip needs no more memory than a short one.
+    Returns the file.
 
     Raises:
         ValueError: for no picture.
@@ -108,3 +171,4 @@ def write_gif(path: Path, pictures: Iterable[Picture], *, frames_per_second: flo
         pending.replace(path)
     finally:
         pending.unlink(missing_ok=True)
+    return path

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from dinov2_equi.data.datasets.channels import channels_as_rgb
 from dinov2_equi.evaluation.figures import INK, ORANGE, PURPLE, style_axes
 from dinov2_equi.evaluation.transform_regression import ProbeResult
 
@@ -190,8 +191,8 @@ class _Layout:
 
 
 def _pictures(images: Tensor) -> list[NDArray[np.float32]]:
-    """Return images [n, 3, H, W] in [0, 1] as arrays [H', W', 3], no side longer than `MAX_PICTURE_SIDE`."""
-    images = images.detach().float().cpu().clamp(0, 1)
+    """Return images [n, C, H, W] in [0, 1] as arrays [H', W', 3], no side longer than `MAX_PICTURE_SIDE`."""
+    images = channels_as_rgb(images).detach().float().cpu().clamp(0, 1)
     factor = MAX_PICTURE_SIDE / max(images.shape[-2:])
     if factor < 1:
         size = (max(1, round(images.shape[-2] * factor)), max(1, round(images.shape[-1] * factor)))

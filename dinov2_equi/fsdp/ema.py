@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dinov2_equi.fsdp.sharding import local_part
+
 
 def _paired_parameters(teacher: nn.Module, student: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the parameters of both modules in one order, matched by name.
+    """Return the parameters of both modules in one order, matched by name; of sharded ones the rows of this rank.
 
     Raises:
         ValueError: the names or the shapes differ.
@@ -27,7 +29,10 @@ def _paired_parameters(teacher: nn.Module, student: nn.Module) -> tuple[list[Ten
                 f"expected teacher and student to agree in the shape of {name!r}, got {tuple(value.shape)} and "
                 f"{tuple(student_params[name].shape)}; build both with the same architecture"
             )
-    return list(teacher_params.values()), [student_params[name] for name in teacher_params]
+    pairs = [(local_part(teacher_params[name]), local_part(student_params[name])) for name in teacher_params]
+    for name, (mine, other) in zip(teacher_params, pairs, strict=True):
+        assert mine.shape == other.shape, f"teacher and student are sharded in different ways: {name}"
+    return [mine for mine, _ in pairs], [other for _, other in pairs]
 
 
 @torch.no_grad()

@@ -119,8 +119,12 @@ def parse_manifest(text: str) -> Manifest:
     return manifest
 
 
-def read_verified_manifest(directory: Path) -> Manifest:
+def read_verified_manifest(directory: Path, share: tuple[int, int] = (0, 1)) -> Manifest:
     """Return the manifest of the checkpoint in ``directory`` after checking every file against it.
+
+    Args:
+        directory: the checkpoint.
+        share: (r, n): of n ranks that check together, each checks ``state.json`` and every n-th file from its r-th on.
 
     Raises:
         CheckpointError: the manifest or a file is missing, unreadable or differs from what was written.
@@ -130,8 +134,10 @@ def read_verified_manifest(directory: Path) -> Manifest:
         describe_file(directory / MANIFEST_NAME)
         manifest = parse_manifest((directory / MANIFEST_NAME).read_bytes().decode())
         check_json_size(STATE_NAME, manifest.files[STATE_NAME].size)
-        for name, expected in manifest.files.items():
-            _check_file(directory / name, expected)
+        rank, size = share
+        for index, (name, expected) in enumerate(sorted(manifest.files.items())):
+            if name == STATE_NAME or index % size == rank:
+                _check_file(directory / name, expected)
     except FileNotFoundError as error:
         raise CheckpointError(f"{Path(error.filename).name} is missing") from error
     except (OSError, UnicodeDecodeError) as error:

@@ -53,6 +53,11 @@ class Source:
         return rechunk_blocks(state, 0, depth=0)
 
     @property
+    def num_channels(self) -> int:
+        """Channels of the images."""
+        return self.backbone.patch_embed.in_chans
+
+    @property
     def trained_size(self) -> int:
         """Side of the images that the position embedding was made for, pixels."""
         return self.backbone.patch_embed.patches_resolution[0] * self.backbone.patch_size
@@ -92,6 +97,7 @@ def _reloaded(source: Source, path: Path) -> Run:
         arch,
         img_size=source.trained_size,
         patch_size=theirs.patch_size,
+        in_chans=theirs.patch_embed.in_chans,
         num_register_tokens=theirs.num_register_tokens,
         init_values=1.0 if "blocks.0.ls1.gamma" in source.state else None,
         ffn_layer="swiglufused" if "blocks.0.mlp.w12.weight" in source.state else "mlp",
@@ -126,6 +132,7 @@ def export_transformers(source: Source, folder: Path) -> Run:
         num_attention_heads=backbone.num_heads,
         image_size=source.trained_size,
         patch_size=backbone.patch_size,
+        num_channels=backbone.patch_embed.in_chans,
         use_swiglu_ffn="blocks.0.mlp.w12.weight" in state,
         **({"num_register_tokens": registers} if registers else {}),
     )
@@ -135,7 +142,8 @@ def export_transformers(source: Source, folder: Path) -> Run:
     _import("safetensors.torch").save_file(
         to_transformers(state), place / "model.safetensors", metadata={"format": "pt"}
     )
-    (place / "preprocessor_config.json").write_text(json.dumps(_processor(source), indent=2), encoding="utf-8")
+    if source.num_channels == 3:  # image processors know no other images
+        (place / "preprocessor_config.json").write_text(json.dumps(_processor(source), indent=2), encoding="utf-8")
     again = transformers.AutoModel.from_pretrained(place).eval()
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,6 +190,7 @@ def export_timm(source: Source, folder: Path) -> Run:
     again = _import("timm.models.vision_transformer").VisionTransformer(
         img_size=source.trained_size,
         patch_size=backbone.patch_size,
+        in_chans=backbone.patch_embed.in_chans,
         embed_dim=backbone.embed_dim,
         depth=backbone.n_blocks,
         num_heads=backbone.num_heads,
@@ -199,10 +208,10 @@ def export_timm(source: Source, folder: Path) -> Run:
 
 
 def export_onnx(source: Source, folder: Path) -> Run:
-    """Write `NAME.onnx`: input `image` [batch, 3, height, width], outputs `cls` and `patches`; any batch and size.
+    """Write `NAME.onnx`: input `image` [batch, channels, height, width], outputs `cls` and `patches`.
 
-    Height and width are multiples of the patch size, two patches or more. The position embedding is interpolated as by
-    the source.
+    Any batch and size: height and width are multiples of the patch size, two patches or more. The position embedding is
+    interpolated as by the source.
     """
     _import("onnxscript")
     runtime = _import("onnxruntime")
@@ -210,7 +219,9 @@ def export_onnx(source: Source, folder: Path) -> Run:
     side = source.size
     program = torch.onnx.export(
         _of_any_size(source),
-        (torch.zeros(2, 3, side, side + source.backbone.patch_size),),  # not square, so that the axes stay apart
+        (
+            torch.zeros(2, source.num_channels, side, side + source.backbone.patch_size),
+        ),  # not square, so that the axes stay apart
         dynamo=True,
         dynamic_shapes={"x": _any_shape(source)},
         input_names=["image"],
@@ -243,7 +254,7 @@ def export_torch_export(source: Source, folder: Path) -> Run:
     """Write `NAME.pt2` by `torch.export`: any batch and size, as `export_onnx`. Loads without this package."""
     path = folder / f"{source.name}.pt2"
     side = source.size
-    images = torch.zeros(2, 3, side, side + source.backbone.patch_size)
+    images = torch.zeros(2, source.num_channels, side, side + source.backbone.patch_size)
     program = torch.export.export(_of_any_size(source), (images,), dynamic_shapes={"x": _any_shape(source)})
     torch.export.save(program, path)
     again: Run = torch.export.load(path).module()
@@ -277,7 +288,7 @@ def _any_shape(source: Source) -> dict[int, Any]:
 
 
 def _example(source: Source) -> Tensor:
-    return torch.zeros(2, 3, source.size, source.size)
+    return torch.zeros(2, source.num_channels, source.size, source.size)
 
 
 EXPORTERS: dict[str, Callable[[Source, Path], Run]] = {
@@ -302,7 +313,7 @@ ANY_SIZE = ("onnx", "torch_export")
 @torch.no_grad()
 def difference(source: Source, run: Run, height: int, width: int) -> float:
     """Return the largest difference between the tokens of source and export on random images of a size, pixels."""
-    x = torch.randn(3, 3, height, width, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(3, source.num_channels, height, width, generator=torch.Generator().manual_seed(0))
     pairs = zip(TokenOutputs(source.backbone)(x), run(x), strict=True)
     return max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
 

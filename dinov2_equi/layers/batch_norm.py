@@ -1,4 +1,4 @@
-"""Batch norm whose batch is that of all ranks, without running statistics: its heads are trained and thrown away."""
+"""Batch norm whose batch is that of all ranks, by default without running statistics: most heads are thrown away."""
 
 from __future__ import annotations
 
@@ -21,10 +21,15 @@ class BatchNorm1d(nn.BatchNorm1d):
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Batch norm of [B, C, H, W]; in training over the images of all ranks."""
+    """Batch norm of [B, C, H, W]; in training over the images of all ranks.
 
-    def __init__(self, num_channels: int) -> None:
-        super().__init__(num_channels, track_running_stats=False)
+    Args:
+        num_channels: C.
+        has_running_stats: Keep the mean and variance that are used in evaluation, as torch's does.
+    """
+
+    def __init__(self, num_channels: int, *, has_running_stats: bool = False) -> None:
+        super().__init__(num_channels, track_running_stats=has_running_stats)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x [B, C, H, W] with each channel normalised."""
@@ -39,5 +44,17 @@ def _over_ranks(norm: BatchNorm1d | BatchNorm2d, x: Tensor) -> Tensor:
     mean = sum_over_ranks(x.float().sum(axes)) / count  # [C]
     centred = x.float() - mean.view(shape)
     variance = sum_over_ranks(centred.square().sum(axes)) / count
+    if norm.running_mean is not None:
+        _keep(norm, mean, variance * (count / (count - 1)))
     scale = norm.weight * torch.rsqrt(variance + norm.eps)
     return (centred * scale.view(shape) + norm.bias.view(shape)).to(x.dtype)
+
+
+@torch.no_grad()
+def _keep(norm: BatchNorm1d | BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
+    """Move the running statistics towards those of a batch, as torch's batch norm does."""
+    assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
+    assert norm.momentum is not None
+    norm.num_batches_tracked += 1
+    norm.running_mean.lerp_(mean, norm.momentum)
+    norm.running_var.lerp_(variance, norm.momentum)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,27 @@ from dinov2_equi.layers.mlp import Mlp
 from dinov2_equi.layers.packing import TokenLayout
 
 LAYER_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Which images of a batch are passed, where a batch is passed in parts.
+
+    Attributes:
+        index: number of the part, from 0.
+        count: number of parts.
+        images: images in each, of each of which there may be several crops; the rows are crop-major.
+    """
+
+    index: int
+    count: int
+    images: int
+
+    def rows(self, chosen: Tensor) -> Tensor:
+        """Return the part's own among the crops `chosen` [c] of the whole batch, counted from 0 within the part."""
+        crop, image = chosen // (self.count * self.images), chosen % (self.count * self.images)
+        mine = image // self.images == self.index
+        return (crop * self.images + image % self.images)[mine]
 
 
 class Block(nn.Module):
@@ -45,6 +67,7 @@ class Block(nn.Module):
         if not 0.0 <= drop_path < 1.0:
             raise ValueError(f"expected drop_path in [0, 1), got {drop_path}")
         self.drop_path = drop_path
+        self.micro_batch: MicroBatch | None = None  # set while a batch is passed in parts
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias)
         self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
@@ -79,15 +102,19 @@ class Block(nn.Module):
     def _add_branch(self, x: Tensor, layout: TokenLayout, branch: Callable[[Tensor, TokenLayout], Tensor]) -> Tensor:
         if not self.training or self.drop_path == 0.0:
             return x + branch(x, layout)
-        rows, scale, kept_layout = draw_subset(layout, self.drop_path, x.device)
+        rows, scale, kept_layout = draw_subset(layout, self.drop_path, x.device, self.micro_batch)
         residual = branch(x.index_select(0, rows), kept_layout) * scale
         return x.index_add(0, rows, residual.to(x.dtype))
 
 
-def draw_subset(layout: TokenLayout, drop_rate: float, device: torch.device) -> tuple[Tensor, Tensor, TokenLayout]:
+def draw_subset(
+    layout: TokenLayout, drop_rate: float, device: torch.device, micro_batch: MicroBatch | None = None
+) -> tuple[Tensor, Tensor, TokenLayout]:
     """Draw the images that a branch runs on, separately for each crop size.
 
     Of B images `max(int(B * (1 - drop_rate)), 1)` are kept, as in DINOv2. Uses the global random generator of `device`.
+    For a micro-batch the draw is that of the whole batch: from the same random state all parts together keep what one
+    pass would. How many of them are its own differs then, and may be 0.
 
     Returns:
         Row indices [R'] int64 of the kept tokens, the factor [R', 1] float32 that makes up for the dropped images
@@ -96,11 +123,16 @@ def draw_subset(layout: TokenLayout, drop_rate: float, device: torch.device) -> 
     rows, scales, kept_layout = [], [], []
     first_row = 0
     for images, tokens in layout:
-        kept = min(images, max(int(images * (1 - drop_rate)), 1))
-        chosen = torch.randperm(images, device=device)[:kept]  # [kept]
+        of_all = images if micro_batch is None else images * micro_batch.count
+        kept = min(of_all, max(int(of_all * (1 - drop_rate)), 1))
+        factor = of_all / max(kept, 1)
+        chosen = torch.randperm(of_all, device=device)[:kept]  # [kept]
+        if micro_batch is not None:
+            chosen = micro_batch.rows(chosen)
+            kept = len(chosen)
         in_image = torch.arange(tokens, device=device)  # [T]
         rows.append((first_row + chosen[:, None] * tokens + in_image).flatten())  # [kept*T]
-        scales.append(torch.full((kept * tokens, 1), images / max(kept, 1), device=device))
+        scales.append(torch.full((kept * tokens, 1), factor, device=device))
         kept_layout.append((kept, tokens))
         first_row += images * tokens
     return torch.cat(rows), torch.cat(scales), tuple(kept_layout)

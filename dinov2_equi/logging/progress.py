@@ -198,3 +198,21 @@ def training_progress(
         yield progress
     finally:
         progress.close()
+
+
+@contextmanager
+def counting(what: str, description: str) -> Iterator[Callable[[int], None]]:
+    """Show on a terminal how many of something were found so far, for as long as the block lasts.
+
+    Args:
+        what: What is counted, such as `images`.
+        description: What is being done.
+
+    Yields:
+        A function that takes how many more there are.
+    """
+    console = get_console()
+    columns = (TextColumn("{task.description}"), TextColumn(f"{{task.completed:,.0f}} {what}"))
+    with Progress(*columns, console=console, transient=True, disable=not is_interactive(console)) as progress:
+        task = progress.add_task(description, total=None)
+        yield lambda count: progress.advance(task, count)

@@ -151,10 +151,10 @@ def _without_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tenso
 def backbone_arguments(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Any]:
     """Return the arguments of `DinoVisionTransformer` that names and shapes of backbone weights betray.
 
-    `embed_dim`, `depth`, `patch_size`, `img_size` (pixels; absent where the patches make no square, since a rectangle's
-    sides leave no trace), `num_register_tokens`, `init_values` (1.0 with LayerScale, None without), `ffn_layer`,
-    `qkv_bias`, `proj_bias`, `ffn_bias`. The number of heads, drop path and how positions are interpolated leave no
-    trace either.
+    `embed_dim`, `depth`, `patch_size`, `in_chans`, `img_size` (pixels; absent where the patches make no square, since a
+    rectangle's sides leave no trace), `num_register_tokens`, `init_values` (1.0 with LayerScale, None without),
+    `ffn_layer`, `qkv_bias`, `proj_bias`, `ffn_bias`. The number of heads, drop path and how positions are interpolated
+    leave no trace either.
 
     Args:
         state: names to tensors, blocks in any layout.
@@ -179,6 +179,7 @@ def backbone_arguments(state: Mapping[str, Tensor], source: str | Path) -> dict[
         "embed_dim": state["pos_embed"].shape[-1],
         "depth": 1 + max(int(match["block"]) for name in state if (match := _BLOCK_KEY.match(name))),
         "patch_size": patch_size,
+        "in_chans": state["patch_embed.proj.weight"].shape[1],
         **({"img_size": grid * patch_size} if grid * grid == num_patches else {}),
         "num_register_tokens": 0 if registers is None else registers.shape[1],
         "init_values": 1.0 if "blocks.0.ls1.gamma" in state else None,
@@ -269,6 +270,20 @@ def load_exact(
             (integer, real, complex); float16 for float32 is the same kind.
     """
     own = module.state_dict()
+    check_exact(module, state, allow_missing=allow_missing, allow_unexpected=allow_unexpected)
+    # The differences that are left were allowed by name above.
+    module.load_state_dict({name: tensor for name, tensor in state.items() if name in own}, strict=False)
+
+
+def check_exact(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    allow_missing: Collection[str] = (),
+    allow_unexpected: Collection[str] = (),
+) -> None:
+    """Raise ValueError where `load_exact` would; only shapes and dtypes are looked at."""
+    own = module.state_dict()
     missing = _unmatched(own.keys() - state.keys(), allow_missing)
     unexpected = _unmatched(state.keys() - own.keys(), allow_unexpected)
     shapes = [
@@ -293,8 +308,6 @@ def load_exact(
             f"the weights do not fit {type(module).__name__}; {'; '.join(problems)}. "
             "Check the architecture, patch size, image size, ffn_layer, register tokens and block_chunks"
         )
-    # The differences that are left were allowed by name above.
-    module.load_state_dict({name: tensor for name, tensor in state.items() if name in own}, strict=False)
 
 
 def _kind(tensor: Tensor) -> tuple[bool, bool]:

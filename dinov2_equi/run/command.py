@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 
@@ -10,8 +11,18 @@ import torch
 
 from dinov2_equi.fsdp.manifest import CheckpointError
 from dinov2_equi.run.allocator import keep_freed_memory
+from dinov2_equi.train.stopping import RunStopped
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_STOPPED = 75
+"""EX_TEMPFAIL of sysexits.h: a signal stopped the command, which is to be tried again. For SLURM's RequeueExit."""
+
+_OUT_OF_MEMORY = (
+    "error: the device has not enough memory: take smaller batches, crops or images, or another device; what is "
+    "finished is kept"
+)
+_CPU_ALLOCATOR = "DefaultCPUAllocator"
+"""In the message of PyTorch's plain RuntimeError where the memory of the machine does not suffice."""
 
 EXIT_CODES = "exit codes: 0 done, 1 a part failed, 2 something in the command or the data is wrong, 130 interrupted"
 
@@ -48,12 +59,18 @@ def run_command(
     keep_freed_memory()
     try:
         for name in (getattr(args, "device", "cpu"), *getattr(args, "knn_devices", ())):
-            _check_device(name)
+            check_device(name)
         return command(args)
-    except torch.OutOfMemoryError:
-        return _end("error: the device has not enough memory: take smaller batches or images", EXIT_USER_ERROR)
+    except (torch.OutOfMemoryError, MemoryError):
+        return _end(_OUT_OF_MEMORY, EXIT_USER_ERROR)
     except (ValueError, OSError, ImportError, CheckpointError) as error:
         return _end(f"error: {_one_line(error)}", EXIT_USER_ERROR)
+    except RuntimeError as error:
+        if _CPU_ALLOCATOR not in str(error):
+            raise
+        return _end(_OUT_OF_MEMORY, EXIT_USER_ERROR)
+    except RunStopped as stopped:
+        return _end(str(stopped), EXIT_INTERRUPTED if stopped.signal == signal.SIGINT else EXIT_STOPPED)
     except KeyboardInterrupt:
         return _end(interrupted, EXIT_INTERRUPTED)
 
@@ -71,7 +88,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(text.split())
 
 
-def _check_device(name: str) -> None:
+def check_device(name: str) -> None:
     """Refuse a device that is not there.
 
     Raises:

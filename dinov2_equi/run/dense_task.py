@@ -1,56 +1,288 @@
-"""What the scripts of the dense tasks share: arguments, training with progress, and how they end."""
+"""One runner for all dense tasks: it trains a head, measures it, and writes numbers and a picture.
+
+What differs between tasks is a `DenseTask`; each script in `eval/` holds one. Several processes, started by torchrun or
+as a SLURM job, divide the images of each step and those that are measured among them, and the first one writes.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+import torch
+from matplotlib.figure import Figure
 from torch import nn
 
+from dinov2_equi.distributed.collectives import largest_of_ranks, wait_for_all_ranks
+from dinov2_equi.distributed.env import get_rank, get_world_size, is_main_process
+from dinov2_equi.evaluation.dense.settings import read_settings
 from dinov2_equi.evaluation.dense.training import LoopSettings, Losses, TrainingSamples, train
 from dinov2_equi.evaluation.eval_model import EvalModel
+from dinov2_equi.evaluation.figures import figure_png
+from dinov2_equi.evaluation.results import write_results
 from dinov2_equi.evaluation.stored_features import weights_digest
-from dinov2_equi.logging.progress import training_progress
 from dinov2_equi.logging.setup import setup_logging
-from dinov2_equi.run.command import EXIT_DONE, add_device, command_parser, run_command
+from dinov2_equi.run import launch
+from dinov2_equi.run.command import EXIT_DONE, add_device, command_parser
+from dinov2_equi.run.launch import shown_progress
 from dinov2_equi.run.load import FORMS, load_eval_model
+from dinov2_equi.train.stopping import RunStopped, StopRequest
 
 RESULTS_FILE, PICTURE_FILE = "results.json", "predictions.png"
 _CURVE_POINTS = 100
 
+SettingsT = TypeVar("SettingsT", bound=LoopSettings)
+ModelT = TypeVar("ModelT", bound=nn.Module)
+DataT = TypeVar("DataT", bound="DenseData")
 
-def dense_parser(
-    description: str, *, layouts: Sequence[str], settings: str, output: str, needs_data: bool = True
-) -> argparse.ArgumentParser:
-    """Return a parser with the arguments that every dense task has.
+
+class DenseData(Protocol):
+    """A split of a data set."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        ...
+
+    def name(self, index: int) -> str:
+        """Return the path of an image."""
+        ...
+
+
+class DenseTask(ABC, Generic[SettingsT, DataT, ModelT]):
+    """What a dense task is beside the run of it.
+
+    Attributes:
+        name: in the results, and of the folder that is written to by default.
+        settings: their data class, with a method `check`.
+        layouts: known forms of the data.
+        needs_data: whether `--data` has to be given.
+    """
+
+    name: ClassVar[str]
+    settings: type[SettingsT]
+    layouts: ClassVar[Sequence[str]]
+    needs_data: ClassVar[bool] = True
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add the arguments that this task alone has."""
+
+    def check_libraries(self) -> None:
+        """Raise ImportError where a library is missing: before an hour of training, not after it."""
+
+    @abstractmethod
+    def load_data(self, args: argparse.Namespace) -> tuple[DataT, DataT]:
+        """Return images to train on and images to measure on."""
+
+    @abstractmethod
+    def facts(self, train: DataT) -> dict[str, Any]:
+        """Return what the head depends on of the data, beside the images."""
+
+    @abstractmethod
+    def build(self, backbone: EvalModel, settings: SettingsT, train: DataT) -> ModelT:
+        """Return the backbone with a new head, drawn from torch's random numbers."""
+
+    @abstractmethod
+    def backbone_of(self, model: ModelT) -> nn.Module:
+        """Return the part of a model that may be frozen."""
+
+    @abstractmethod
+    def augmentation(self, settings: SettingsT, train: DataT) -> Callable[[int], Any]:
+        """Return a function from the number of an image to a training sample."""
+
+    def collate(self) -> Callable[[list[Any]], Any] | None:
+        """Return what makes a batch of samples; None: torch's own."""
+        return None
+
+    @abstractmethod
+    def losses(self, model: ModelT, batch: Any, settings: SettingsT, device: str) -> Losses:
+        """Return the terms of the loss; see `training.Losses`."""
+
+    @abstractmethod
+    def evaluate(self, model: ModelT, val: DataT, settings: SettingsT, on_image: Callable[[], None]) -> dict[str, Any]:
+        """Return the measures; every process calls it, and `on_image` after each image of its share."""
+
+    def baselines(self, train: DataT, val: DataT, device: str) -> dict[str, Any]:
+        """Return the measures of what needs no backbone, by name; every process calls it."""
+        return {}
+
+    @abstractmethod
+    def figure(self, args: argparse.Namespace, model: ModelT, val: DataT, settings: SettingsT) -> Figure:
+        """Return photographs with what is true and what was found."""
+
+    @abstractmethod
+    def table(self, name: str, found: Mapping[str, Any]) -> str:
+        """Return the measures of a backbone as text."""
+
+
+AnyTask = DenseTask[Any, Any, Any]
+Command = Callable[[AnyTask, argparse.Namespace], str]
+"""Runs a task in every process and returns its table."""
+
+
+def run_dense_task(
+    task: AnyTask, description: str | None, script: Path, argv: Sequence[str] | None, command: Command | None = None
+) -> int:
+    """Run the command of a task and return its exit code; a fault of the input ends in one line on stderr.
 
     Args:
+        task: what is trained and measured.
         description: of the script, as its docstring.
-        layouts: known forms of the data.
-        settings: names of the settings, for the help.
-        output: folder written to by default.
-        needs_data: the folder of the data must be given.
+        script: its file.
+        argv: the words of the command; None: those of this process.
+        command: runs the task in place of `train_and_measure`, for another framework; returns the text of its table.
     """
+    run = command or train_and_measure
+
+    def here(args: argparse.Namespace) -> int:
+        shown = run(task, args)
+        if is_main_process():
+            print(shown)
+            print(f"written: {args.output / RESULTS_FILE}, {args.output / PICTURE_FILE}")
+        return EXIT_DONE
+
+    def check(args: argparse.Namespace) -> None:
+        read_task_settings(task, args)
+        task.load_data(args)
+        load_eval_model(args.weights)
+
+    return launch.run_launched(
+        here,
+        dense_parser(task, description),
+        argv,
+        script=script,
+        check=check,
+        interrupted="stopped; the same command goes on from the last checkpoint",
+    )
+
+
+def dense_parser(task: AnyTask, description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of a task's command line."""
+    names = ", ".join(field.name for field in dataclasses.fields(task.settings))
     parser = command_parser(description)
     add = parser.add_argument
     add("--weights", required=True, metavar="WEIGHTS", help=f"one of: {FORMS}")
-    add("--data", type=Path, required=needs_data, metavar="FOLDER", help="of the data set")
-    add("--layout", choices=tuple(layouts), default=layouts[0], help=f"how it lies there (default: {layouts[0]})")
+    add("--data", type=Path, required=task.needs_data, metavar="FOLDER", help="of the data set")
+    first = task.layouts[0]
+    add("--layout", choices=tuple(task.layouts), default=first, help=f"how it lies there (default: {first})")
     add("--config", type=Path, metavar="FILE", help="YAML with settings; some lie in configs/ beside the script")
-    add("--set", nargs="*", default=[], metavar="NAME=VALUE", help=f"settings: {settings}")
+    add("--set", nargs="*", default=[], metavar="NAME=VALUE", help=f"settings: {names}")
     add("--num-workers", type=int, default=0, help="processes that load images")
     add("--pictures", type=int, default=4, metavar="N", help="images in predictions.png (default: 4)")
+    task.add_arguments(parser)
     add_device(parser)
-    add("--output", type=Path, default=Path(output), metavar="DIR", help=f"default: {output}")
+    add("--output", type=Path, default=Path(task.name), metavar="DIR", help=f"default: {task.name}")
+    launch.add_arguments(parser)
     return parser
 
 
-def load_backbone(args: argparse.Namespace, seed: int) -> EvalModel:
-    """Return the backbone that the command line names, on the device that it names."""
-    return load_eval_model(args.weights, seed=seed).to(args.device)
+def read_task_settings(task: AnyTask, args: argparse.Namespace) -> Any:
+    """Return the checked settings that the command line names.
+
+    Raises:
+        ValueError: settings out of range, or of another kind.
+        OSError: a file cannot be read.
+        ImportError: a library is missing.
+    """
+    settings = read_settings(task.settings, args.config, args.set)
+    settings.check()
+    task.check_libraries()
+    return settings
+
+
+def train_and_measure(task: AnyTask, args: argparse.Namespace) -> str:
+    """Train, measure and write everything; return the table as text. Every process of a group must call it."""
+    settings = read_task_settings(task, args)
+    train_set, val = task.load_data(args)
+    backbone = load_eval_model(args.weights, seed=settings.seed).to(args.device)
+    identity = identity_of(task, args, backbone, settings, train_set)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = task.build(backbone, settings, train_set).to(args.device)
+    setup_logging(args.output, get_rank())
+    with StopRequest().listening() as stop:
+        history = _train(task, args, model, train_set, settings=settings, identity=identity, stop=stop)
+        with shown_progress(len(val)) as progress:
+
+            def advance() -> None:
+                _stop_if_asked(stop, settings.steps)
+                progress.update(min(progress.steps_done + get_world_size(), len(val)))
+
+            found = task.evaluate(model, val, settings, advance)
+        found |= task.baselines(train_set, val, args.device)
+    if is_main_process():
+        write_task_results(
+            task, args, settings, train_set, {backbone.name: found | {"train_loss": loss_curve(history)}}
+        )
+        (args.output / PICTURE_FILE).write_bytes(figure_png(task.figure(args, model, val, settings)))
+    wait_for_all_ranks()
+    return task.table(backbone.name, found)
+
+
+def write_task_results(
+    task: AnyTask, args: argparse.Namespace, settings: Any, train_set: Any, numbers: Mapping[str, Any]
+) -> None:
+    """Write the results file of a task, with its command line, recipe and facts of its data."""
+    described = {"num_train_images": len(train_set), "recipe": dataclasses.asdict(settings)}
+    write_results(
+        args.output / RESULTS_FILE,
+        numbers,
+        task=task.name,
+        seed=settings.seed,
+        settings=launch.described(args) | described | task.facts(train_set),
+    )
+
+
+def identity_of(
+    task: AnyTask, args: argparse.Namespace, backbone: EvalModel, settings: Any, train_set: Any
+) -> dict[str, Any]:
+    """Return the `training_identity` of a task."""
+    names = [train_set.name(index) for index in range(len(train_set))]
+    return training_identity(args, backbone, dataclasses.asdict(settings) | task.facts(train_set), names)
+
+
+def _train(
+    task: AnyTask,
+    args: argparse.Namespace,
+    model: nn.Module,
+    train_set: Any,
+    *,
+    settings: Any,
+    identity: Mapping[str, Any],
+    stop: StopRequest,
+) -> list[float]:
+    """Train, or go on with a training that was stopped, while a display shows how far it is.
+
+    Raises:
+        RunStopped: on a signal, once the step is finished and saved.
+    """
+    with shown_progress(settings.steps, images_per_step=settings.batch_size) as progress:
+        history = train(
+            model,
+            task.backbone_of(model),
+            lambda batch: task.losses(model, batch, settings, args.device),
+            TrainingSamples(task.augmentation(settings, train_set), len(train_set), settings.seed),
+            settings=settings,
+            folder=args.output,
+            identity=identity,
+            num_workers=args.num_workers,
+            collate=task.collate(),
+            on_step=progress.update,
+            asked_to_stop=lambda: stop.signal > 0,
+        )
+    if len(history) < settings.steps:
+        raise RunStopped(largest_of_ranks(stop.signal, args.device), len(history))
+    _stop_if_asked(stop, settings.steps)
+    return history
+
+
+def _stop_if_asked(stop: StopRequest, step: int) -> None:
+    if stop.signal:
+        raise RunStopped(stop.signal, step)
 
 
 def training_identity(
@@ -62,34 +294,6 @@ def training_identity(
     return {"weights": weights_digest(model.backbone), "layout": args.layout, "images": digest, "settings": kept}
 
 
-def train_with_progress(
-    module: nn.Module,
-    backbone: nn.Module,
-    losses_of: Callable[[Any], Losses],
-    samples: TrainingSamples,
-    loop: LoopSettings,
-    *,
-    args: argparse.Namespace,
-    identity: Mapping[str, Any],
-    collate: Callable[[list[Any]], Any] | None = None,
-) -> list[float]:
-    """Train, or go on with a training that was stopped, while a display shows how far it is; see `train`."""
-    setup_logging(args.output)
-    with training_progress(loop.steps, images_per_step=loop.batch_size) as progress:
-        return train(
-            module,
-            backbone,
-            losses_of,
-            samples,
-            settings=loop,
-            folder=args.output,
-            identity=identity,
-            num_workers=args.num_workers,
-            collate=collate,
-            on_step=progress.update,
-        )
-
-
 def loss_curve(history: Sequence[float]) -> dict[str, list[float]]:
     """Return a hundred means of the loss over equal stretches of the training, and the step that ends each."""
     count = min(len(history), _CURVE_POINTS)
@@ -99,19 +303,3 @@ def loss_curve(history: Sequence[float]) -> dict[str, list[float]]:
         "step": [float(end) for end in ends],
         "loss": [sum(history[a:b]) / (b - a) for a, b in zip(starts, ends, strict=True)],
     }
-
-
-def described(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the command line as it is written to the results."""
-    return {name: value for name, value in vars(args).items() if name not in ("output", "set", "config")}
-
-
-def run_to_exit_code(run: Callable[[argparse.Namespace], str], args: argparse.Namespace) -> int:
-    """Run a task, print what it returns and where it wrote, and return the exit code; see `run_command`."""
-
-    def command(args: argparse.Namespace) -> int:
-        print(run(args))
-        print(f"written: {args.output / RESULTS_FILE}, {args.output / PICTURE_FILE}")
-        return EXIT_DONE
-
-    return run_command(command, args, interrupted="stopped; the same command goes on from the last checkpoint")

@@ -26,7 +26,7 @@ from dinov2_equi.evaluation.results import write_text_atomically
 from dinov2_equi.evaluation.stored_features import computed_features
 from dinov2_equi.logging.metrics import MetricWriter
 from dinov2_equi.run.probe import run_probe
-from dinov2_equi.train.build import build_probe_datasets
+from dinov2_equi.train.build import build_probe_datasets, channel_format
 from dinov2_equi.train.loop import StepHook, exported_teacher
 from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
 
@@ -123,8 +123,9 @@ def measure_all(
 
 def _choose_sets(cfg: Config, dataset: ImageDataset, holdout: ImageDataset | None) -> Sets:
     settings = cfg.evaluation
-    train = make_dataset(settings.train_dataset_path) if settings.train_dataset_path else dataset
-    val = make_dataset(settings.val_dataset_path) if settings.val_dataset_path else holdout
+    channels = channel_format(cfg)
+    train = make_dataset(settings.train_dataset_path, channels) if settings.train_dataset_path else dataset
+    val = make_dataset(settings.val_dataset_path, channels) if settings.val_dataset_path else holdout
     is_labelled = val is not None and train.targets is not None and val.targets is not None
     limit = settings.max_images
     return Sets(

@@ -1,28 +1,43 @@
-"""Trainings as SLURM jobs: submit, run as one of many tasks, and queue again where the time ended."""
+"""Commands as one of many processes, and as SLURM jobs: submit, and queue again where the time ended."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
 
 from dinov2_equi.config.load import to_yaml
 from dinov2_equi.config.schema import Config
+from dinov2_equi.distributed.env import get_world_size, is_main_process
+from dinov2_equi.distributed.setup import Launch, process_group, read_launch
+from dinov2_equi.logging.progress import TrainingProgress, training_progress
+from dinov2_equi.run.command import EXIT_DONE, EXIT_STOPPED, check_device, run_command
 
 ROOT = Path(__file__).resolve().parents[2]
+TRAIN_SCRIPT = Path("dinov2_equi/run/train.py")
 FOLDER = "slurm"
 """In the run's folder: logs of the job, the code that it runs, and its configuration."""
-CODE = "code"
+CODE, CONFIG = "code", "config.yaml"
 SIGNAL_DELAY_S = 120
 """How long before the end of its time a job is told: long enough for a step and a checkpoint."""
 _FIRST_PORT, _NUM_PORTS = 20000, 20000
 _KILLED_WITHIN_S = 300
+_SIZES = ("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "partition", "time")
+ARGUMENTS = ("launcher", *_SIZES, "slurm")
+"""Names of what `add_arguments` adds: how a command is started, and nothing of what it finds."""
+_NOT_DESCRIBED = ("output", "set", "config", *ARGUMENTS)
 
 
 @dataclass(frozen=True)
@@ -49,7 +64,7 @@ class Allocation:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a SLURM job to the training command."""
+    """Add the options of a SLURM job to a command."""
     group = parser.add_argument_group("on a SLURM cluster (nothing about it is guessed)")
     add = group.add_argument
     launcher = "inline: here, also under torchrun; slurm: submit a job; auto (default): slurm if one of these is given"
@@ -65,10 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def is_for_slurm(args: argparse.Namespace) -> bool:
     """Return whether the command asks for a SLURM job."""
-    names = ("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "partition", "time")
-    asked = bool(args.slurm) or any(getattr(args, name) is not None for name in names)
+    asked = bool(args.slurm) or any(getattr(args, name) is not None for name in _SIZES)
     if args.launcher == "inline" and asked:
-        raise ValueError("--launcher inline trains here and takes no options of SLURM")
+        raise ValueError("--launcher inline runs here and takes no options of SLURM")
     return args.launcher == "slurm" or (args.launcher == "auto" and asked)
 
 
@@ -97,6 +111,96 @@ def allocation_of(args: argparse.Namespace) -> Allocation:
     )
 
 
+def run_launched(
+    command: Callable[[argparse.Namespace], int],
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    *,
+    script: Path,
+    check: Callable[[argparse.Namespace], object],
+    interrupted: str = "interrupted",
+) -> int:
+    """Run a command here, as one of the processes that a launcher started, or submit it; return its exit code.
+
+    Args:
+        command: called in every process, with its own device in `args.device`; see `run_command`.
+        parser: has `add_arguments`, `--output` and `--device`, and maybe `--config`.
+        argv: the words of the command; None: those of this process.
+        script: file whose `main(words)` is the command.
+        check: raises where something is wrong that need not wait for the queue.
+        interrupted: what is said after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(words)
+
+    def launched(_: argparse.Namespace) -> int:
+        if is_for_slurm(args):
+            check(args)
+            print(_submit_command(args, words, script))
+            return EXIT_DONE
+        check_device(args.device)  # of this machine; those of a job's machines may differ
+        process = read_launch()
+        args.device = device_of(args.device, process)
+        with process_group(process, torch.device(args.device).type):
+            return command(args)
+
+    return run_command(launched, argparse.Namespace(), interrupted=interrupted)
+
+
+@contextlib.contextmanager
+def shown_progress(total_steps: int, *, images_per_step: int = 0) -> Iterator[TrainingProgress]:
+    """Show progress as `training_progress` does; of several processes only the first one shows it."""
+    hidden = None if is_main_process() else Console(quiet=True)
+    with training_progress(total_steps, images_per_step=images_per_step, console=hidden) as progress:
+        yield progress
+
+
+def described(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the command line as it is written to the results, and the number of processes."""
+    kept = {name: value for name, value in vars(args).items() if name not in _NOT_DESCRIBED}
+    return kept | {"num_processes": get_world_size()}
+
+
+def device_of(name: str, process: Launch) -> str:
+    """Return the device of one process: with `cuda` each process of a machine has its own.
+
+    Raises:
+        ValueError: fewer devices than processes, or several processes on one.
+    """
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or process.world_size == 1:
+        return name
+    if index:
+        raise ValueError(f"--device {name} is one device for {process.world_size} processes: give --device cuda")
+    count = torch.cuda.device_count()
+    if process.local_rank >= count:
+        raise ValueError(
+            f"process {process.local_rank} of this machine has no CUDA device of its own, there are {count}: start as "
+            f"many processes, torchrun --nproc-per-node {count}"
+        )
+    return f"cuda:{process.local_rank}"
+
+
+def _submit_command(args: argparse.Namespace, words: Sequence[str], script: Path) -> str:
+    """Submit a command and return what is said about it."""
+    own = argparse.ArgumentParser(add_help=False)
+    add_arguments(own)
+    _, kept = own.parse_known_args(words)
+    output = args.output.expanduser().resolve()
+    kept += ["--output", str(output)]
+    config: Path | None = getattr(args, "config", None)
+    if config is not None:
+        kept += ["--config", str(output / FOLDER / CONFIG)]
+    text = None if config is None else config.read_text(encoding="utf-8")
+    job = _submit(CommandJob(script.resolve().relative_to(ROOT), kept), output, allocation_of(args), config=text)
+    return f"job {job} was submitted; its log: {log_of(output, job)}"
+
+
+def log_of(output_dir: Path, job: str) -> Path:
+    """Return the log of a job's first task."""
+    return output_dir / FOLDER / f"{job}_0_log.out"
+
+
 def submit(cfg: Config, output_dir: Path, allocation: Allocation, *, flags: Sequence[str] = ()) -> str:
     """Submit a training and return the number of its job.
 
@@ -112,23 +216,30 @@ def submit(cfg: Config, output_dir: Path, allocation: Allocation, *, flags: Sequ
     Raises:
         ValueError: if this machine has no SLURM.
     """
+    config = output_dir / FOLDER / CONFIG
+    job = CommandJob(TRAIN_SCRIPT, ["--config-file", str(config), "--output-dir", str(output_dir), *flags])
+    return _submit(job, output_dir, allocation, config=to_yaml(cfg))
+
+
+def _submit(job: CommandJob, output_dir: Path, allocation: Allocation, *, config: str | None) -> str:
+    """Copy the code and the text of the configuration, submit, and return the number of the job."""
     import submitit
 
     if shutil.which("sbatch") is None:
         raise ValueError("sbatch was not found: --launcher slurm works on a machine of a SLURM cluster")
     folder = output_dir / FOLDER
-    _copy_code(folder / CODE)
-    config = folder / "config.yaml"
-    config.write_text(to_yaml(cfg), encoding="utf-8")
+    _copy_code(folder / CODE, job.script)
+    if config is not None:
+        (folder / CONFIG).write_text(config, encoding="utf-8")
     executor = submitit.SlurmExecutor(folder=folder)
     executor.update_parameters(**_parameters(allocation, name=output_dir.name, code=folder / CODE))
-    arguments = ["--launcher", "inline", "--config-file", str(config), "--output-dir", str(output_dir), *flags]
-    return str(executor.submit(TrainJob(arguments)).job_id)
+    return str(executor.submit(job).job_id)
 
 
-def _copy_code(target: Path) -> None:
+def _copy_code(target: Path, script: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(ROOT / "dinov2_equi", target / "dinov2_equi", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in {"dinov2_equi", script.parts[0]}:
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def _parameters(allocation: Allocation, *, name: str, code: Path) -> dict[str, object]:
@@ -149,12 +260,17 @@ def _parameters(allocation: Allocation, *, name: str, code: Path) -> dict[str, o
     return {key: value for key, value in asked.items() if value is not None}
 
 
-class TrainJob:
-    """The training command as one task of a SLURM job."""
+class CommandJob:
+    """A command as one task of a SLURM job.
 
-    def __init__(self, arguments: Sequence[str]) -> None:
-        """Keep the arguments of the command."""
-        self.arguments = list(arguments)
+    Attributes:
+        script: its file, below the root of the code.
+        arguments: its words.
+    """
+
+    def __init__(self, script: Path, arguments: Sequence[str]) -> None:
+        self.script = script
+        self.arguments = [*arguments, "--launcher", "inline"]
 
     def __call__(self) -> None:
         """Run the command; where a signal stopped it, queue the job again.
@@ -164,17 +280,16 @@ class TrainJob:
         """
         import submitit
 
-        from dinov2_equi.run.train import EXIT_STOPPED, main
-
         job = submitit.JobEnvironment()
         os.environ |= {
             "WORLD_SIZE": str(job.num_tasks),
             "RANK": str(job.global_rank),
             "LOCAL_RANK": str(job.local_rank),
+            "LOCAL_WORLD_SIZE": str(job.num_tasks // job.num_nodes),
             "MASTER_ADDR": job.hostnames[0],
             "MASTER_PORT": str(_FIRST_PORT + int(job.raw_job_id) % _NUM_PORTS),
         }
-        code = main(self.arguments)
+        code = _main_of(ROOT / self.script)(self.arguments)
         if code == EXIT_STOPPED:
             if job.global_rank == 0:
                 sys.stdout.write(f"queueing job {job.raw_job_id} again\n")
@@ -182,3 +297,15 @@ class TrainJob:
             time.sleep(_KILLED_WITHIN_S)  # a task that ended would be taken for the end of the job
         if code:
             raise SystemExit(code)
+
+
+def _main_of(script: Path) -> Callable[[Sequence[str]], int]:
+    """Return the function `main` of a script; scripts of `eval/` are files and no modules."""
+    name = "command_" + "_".join(script.with_suffix("").parts[-3:])
+    spec = importlib.util.spec_from_file_location(name, script)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # data classes look their module up
+    spec.loader.exec_module(module)
+    main: Callable[[Sequence[str]], int] = module.main
+    return main

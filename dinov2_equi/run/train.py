@@ -12,9 +12,7 @@ As a SLURM job, which is queued again when its time ends and goes on:
 
 Several configuration files, `--config-file A.yaml B.yaml`, are read in this order; the last to name a key decides.
 Running the same command again goes on where the last run stopped. SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C let it finish
-its step and save; a second one ends it at once. Exit codes: 0 done, 1 stopped by a numerical fault, 2 something in the
-command, configuration or data is wrong, 75 stopped by a signal and to be started again, 130 interrupted by the
-keyboard.
+its step and save; a second one ends it at once. The exit codes are in `--help`.
 """
 
 from __future__ import annotations
@@ -42,7 +40,9 @@ from dinov2_equi.layers.backend import describe_backend
 from dinov2_equi.logging.setup import setup_logging
 from dinov2_equi.run import launch
 from dinov2_equi.run.allocator import keep_freed_memory
+from dinov2_equi.run.command import EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR
 from dinov2_equi.run.evaluation_hook import evaluation_hook
+from dinov2_equi.run.exit_codes import EXIT_NON_FINITE, describe_exit_codes
 from dinov2_equi.run.finish import finish_run
 from dinov2_equi.run.folder import check_run_folder, holds_run, set_aside
 from dinov2_equi.run.pictures import picture_hook
@@ -54,17 +54,14 @@ from dinov2_equi.train.stopping import RunStopped
 
 logger = logging.getLogger(__name__)
 
-EXIT_DONE, EXIT_NON_FINITE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
-EXIT_STOPPED = 75
-"""EX_TEMPFAIL of sysexits.h: to be tried again. For SLURM's RequeueExit."""
-
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; flags, further files and overrides may stand in any order."""
     parser = argparse.ArgumentParser(
         description="Train DINOv2 with the equivariance branch.",
-        epilog="example: python dinov2_equi/run/train.py --config-file configs/quickstart.yaml "
-        "--output-dir runs/mine train.dataset_path=/data/photos optim.epochs=20",
+        epilog="example:\n  python dinov2_equi/run/train.py --config-file configs/quickstart.yaml "
+        f"--output-dir runs/mine train.dataset_path=/data/photos optim.epochs=20\n\n{describe_exit_codes()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config-file", metavar="FILE", help="YAML with what differs from the defaults")
     parser.add_argument(
@@ -135,7 +132,7 @@ def _submit(args: argparse.Namespace, cfg: Config) -> None:
         set_aside(output_dir)
     flags = ["--eval-only"] if args.eval_only else []
     job = launch.submit(cfg, output_dir, allocation, flags=flags)
-    print(f"job {job} was submitted; its log: {output_dir / launch.FOLDER / f'{job}_0_log.out'}")
+    print(f"job {job} was submitted; its log: {launch.log_of(output_dir, job)}")
 
 
 def _output_dir(args: argparse.Namespace, cfg: Config) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import torch
@@ -19,13 +20,14 @@ def checkpoint_activations_(model: SSLMetaArch) -> None:
     model.student["backbone"].checkpoint_blocks = True  # type: ignore[assignment]
 
 
-def compile_blocks_(model: SSLMetaArch) -> bool:
+def compile_blocks_(model: SSLMetaArch, device: torch.device) -> bool:
     """Compile the blocks of student and teacher; return whether that works here. Names of parameters stay.
 
-    One block is tried first, forward and backward: a compiler that is missing or fails must not end a training.
+    A copy of one block is tried first, forward and backward: a compiler that fails must not end a training.
     """
     student, teacher = (network["backbone"].block_list() for network in (model.student, model.teacher))  # type: ignore[operator]
-    problem = _problem_of_compiling(student[0], model.dino_loss.center.device)
+    probe = copy.deepcopy(student[0]).to_empty(device=device)
+    problem = _problem_of_shapes(model) or _problem_of_compiling(probe, device)
     if problem:
         logger.warning("train.compile: blocks run uncompiled, as torch.compile fails here: %s", problem)
         return False
@@ -35,8 +37,19 @@ def compile_blocks_(model: SSLMetaArch) -> bool:
     return True
 
 
+def _problem_of_shapes(model: SSLMetaArch) -> str:
+    """Return why blocks would be compiled again at every step, or an empty string."""
+    cfg = model.cfg
+    if cfg.train.gradient_accumulation_steps > 1 and cfg.student.drop_path_rate > 0:
+        return (
+            "with gradient accumulation each micro-batch drops another number of images; set student.drop_path_rate=0 "
+            "or train.gradient_accumulation_steps=1"
+        )
+    return ""
+
+
 def _problem_of_compiling(block: Block, device: torch.device) -> str:
-    """Return what goes wrong when a block is compiled and run, or an empty string; the block itself stays as it is."""
+    """Return what goes wrong when a block is compiled and run, or an empty string."""
     width = block.norm1.normalized_shape[0]
     x = torch.zeros(sum(images * tokens for images, tokens in _PROBE_LAYOUT), width, device=device, requires_grad=True)
     try:

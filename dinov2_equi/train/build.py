@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import torch
 
 from dinov2_equi.config.derive import Derived
 from dinov2_equi.config.schema import Config
+from dinov2_equi.config.validate import is_rgb
 from dinov2_equi.data.augmentations import DataAugmentationDINO
 from dinov2_equi.data.batch import Batch
 from dinov2_equi.data.datasets.base import DatasetError, ImageDataset, UnreadableImageError
+from dinov2_equi.data.datasets.channels import ChannelFormat
 from dinov2_equi.data.datasets.holdout import hold_back
 from dinov2_equi.data.datasets.make import make_dataset
 from dinov2_equi.data.datasets.readable import ReadableImages
@@ -19,6 +22,7 @@ from dinov2_equi.data.datasets.sample_photos import SamplePhotos
 from dinov2_equi.data.datasets.small_photos import SmallPhotos
 from dinov2_equi.data.loaders import make_train_loader
 from dinov2_equi.data.masking import MaskingGenerator
+from dinov2_equi.data.restarting_loader import RestartingLoader
 from dinov2_equi.data.source_batch import SourceBatch
 from dinov2_equi.distributed.env import get_rank, get_world_size
 from dinov2_equi.equi.families.registry import FAMILIES, MIXTURE, NEED_COLOR
@@ -28,8 +32,10 @@ from dinov2_equi.train import schedules
 from dinov2_equi.train.acceleration import checkpoint_activations_, compile_blocks_
 from dinov2_equi.train.param_groups import build_param_groups
 from dinov2_equi.train.pretrained import load_pretrained
+from dinov2_equi.train.sharding import plan_sharding
 from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
 from dinov2_equi.train.state import TrainState
+from dinov2_equi.train.whole import build_without_memory, materialize_sharded_
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +77,10 @@ def build_datasets(cfg: Config) -> tuple[ImageDataset, ImageDataset | None]:
     Raises:
         DatasetError: if a path or name is wrong; says what was looked for.
     """
-    train = _make_dataset("train.dataset_path", cfg.train.dataset_path)
+    channels = channel_format(cfg)
+    train = _make_dataset("train.dataset_path", cfg.train.dataset_path, channels)
     if cfg.data.holdout_path:
-        return train, ReadableImages(_make_dataset("data.holdout_path", cfg.data.holdout_path))
+        return train, ReadableImages(_make_dataset("data.holdout_path", cfg.data.holdout_path, channels))
     if isinstance(train, SamplePhotos):
         return train, SamplePhotos(split="VAL")
     if cfg.data.holdout_fraction > 0 and len(train) > 1:
@@ -116,16 +123,22 @@ def build_probe_datasets(train: ImageDataset, holdout: ImageDataset) -> tuple[Im
     return ReadableImages(train), holdout
 
 
-def _make_dataset(key: str, spec: str) -> ImageDataset:
+def channel_format(cfg: Config) -> ChannelFormat | None:
+    """Return how images are read channel by channel; None where they are read as RGB."""
+    value_range = _pair(cfg.data.value_range) if cfg.data.value_range else None
+    return None if is_rgb(cfg) else ChannelFormat(cfg.data.in_channels, value_range)
+
+
+def _make_dataset(key: str, spec: str, channels: ChannelFormat | None) -> ImageDataset:
     try:
-        return make_dataset(spec)
+        return make_dataset(spec, channels)
     except DatasetError as error:
         raise DatasetError(f"{key}={spec}: {error}") from error
 
 
 def build_loader(
     cfg: Config, derived: Derived, dataset: ImageDataset, *, start_step: int, pin_memory: bool
-) -> torch.utils.data.DataLoader[Batch] | torch.utils.data.DataLoader[SourceBatch]:
+) -> RestartingLoader[Batch | SourceBatch]:
     """Return the batches of steps `start_step` to the last, for `loaders.on_device`."""
     return make_train_loader(
         dataset=dataset,
@@ -133,7 +146,7 @@ def build_loader(
         mask_generator=_build_mask_generator(cfg),
         mask_probability=cfg.ibot.mask_sample_probability,
         mask_ratio_min_max=_pair(cfg.ibot.mask_ratio_min_max),
-        batch_size=cfg.train.batch_size_per_gpu,
+        batch_size=derived.batch_size_per_process,
         num_workers=cfg.train.num_workers,
         seed=cfg.train.seed,
         start_step=start_step,
@@ -159,7 +172,8 @@ def build_preview_batch(cfg: Config, dataset: ImageDataset, count: int) -> Batch
         start_step=0,
         num_steps=1,
     )
-    batch: Batch = next(iter(loader))
+    (batch,) = loader
+    assert isinstance(batch, Batch)
     return batch
 
 
@@ -175,6 +189,7 @@ def _build_augmentation(cfg: Config) -> DataAugmentationDINO:
         jitter_prob=crops.color_jitter_prob,
         gray_prob=crops.gray_prob,
         solarize_prob=crops.solarize_prob,
+        is_rgb=is_rgb(cfg),
     )
 
 
@@ -183,13 +198,29 @@ def _build_mask_generator(cfg: Config) -> MaskingGenerator:
     return MaskingGenerator((side, side))
 
 
-def build_state(cfg: Config, derived: Derived, device: torch.device) -> TrainState:
-    """Return a fresh run: model with random weights on the device, AdamW with layer-wise decay."""
-    model = SSLMetaArch(cfg).to(device)
+def build_state(cfg: Config, derived: Derived, device: torch.device, *, resumes: bool = False) -> TrainState:
+    """Return a fresh run: model with its initial weights on the device, AdamW with layer-wise decay.
+
+    Every rank must call it; each then holds its rows of what `compute_precision` says is sharded.
+
+    Args:
+        cfg: the configuration.
+        derived: what follows from it.
+        device: where to compute.
+        resumes: the weights will be those of a checkpoint: none are loaded, and a sharded run draws none.
+
+    Raises:
+        ValueError: if the weights to start from do not fit; see `load_initial_weights`.
+    """
+    plan = plan_sharding(cfg, device)
+    model = build_without_memory(cfg) if plan else _with_initial_weights(cfg, resumes=resumes).to(device)
     if cfg.train.activation_checkpointing == "full":
         checkpoint_activations_(model)
     if cfg.train.compile:
-        compile_blocks_(model)
+        compile_blocks_(model, device)
+    if plan:
+        make_whole = None if resumes else functools.partial(_with_initial_weights, cfg, resumes=False)
+        materialize_sharded_(model, plan, device, make_whole)
     groups = build_param_groups(
         dict(model.trainable_modules()),
         layerwise_decay=cfg.optim.layerwise_decay,
@@ -198,6 +229,13 @@ def build_state(cfg: Config, derived: Derived, device: torch.device) -> TrainSta
     betas = (cfg.optim.adamw_beta1, cfg.optim.adamw_beta2)
     optimizer = torch.optim.AdamW(groups, lr=derived.lr, betas=betas, fused=True)
     return TrainState(model, optimizer)
+
+
+def _with_initial_weights(cfg: Config, *, resumes: bool) -> SSLMetaArch:
+    model = SSLMetaArch(cfg)
+    if not resumes:
+        load_initial_weights(model, cfg)
+    return model
 
 
 def check_weight_files(cfg: Config) -> None:

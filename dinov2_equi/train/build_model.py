@@ -28,6 +28,7 @@ def build_student_backbone(cfg: Config) -> DinoVisionTransformer:
         student.arch,
         img_size=cfg.crops.global_crops_size,
         patch_size=student.patch_size,
+        in_chans=cfg.data.in_channels,
         drop_path_rate=student.drop_path_rate,
         drop_path_uniform=student.drop_path_uniform,
         init_values=student.layerscale,
@@ -150,6 +151,7 @@ def _build_objective(cfg: Config, *, num_params: int) -> nn.Module:
         num_heads=decoder.num_heads,
         mlp_ratio=decoder.mlp_ratio,
         shared=decoder.shared,
+        num_channels=cfg.data.in_channels,
     )
     return Reconstruction(
         build_decoder(decoder.type, settings),

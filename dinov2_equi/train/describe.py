@@ -121,10 +121,10 @@ class _PartCounter:
     def backbones(self) -> Iterator[Part]:
         """Yield the student's backbone on all crops, and the teacher's on the global ones."""
         student, teacher = self.model.student["backbone"], self.model.teacher["backbone"]
-        crops = [_images(self.num_globals, self.cfg.crops.global_crops_size)]
+        crops = [_images(self.cfg, self.num_globals, self.cfg.crops.global_crops_size)]
         masks: list[Tensor | None] = [torch.zeros(self.num_globals, _num_patches(self.cfg), dtype=torch.bool)]
         if self.num_locals:
-            crops.append(_images(self.num_locals, self.cfg.crops.local_crops_size))
+            crops.append(_images(self.cfg, self.num_locals, self.cfg.crops.local_crops_size))
             masks.append(None)
 
         def run_student() -> list[Tensor]:
@@ -195,7 +195,7 @@ class _PartCounter:
         if branch is None or branch.objective is None:
             return
         num_images = branch.target.num_images(equi.num_steps, include_final=equi.include_final)
-        images = _images(num_images * self.batch_size, self.cfg.crops.global_crops_size)
+        images = _images(self.cfg, num_images * self.batch_size, self.cfg.crops.global_crops_size)
         num_patches = _num_patches(self.cfg)
         num_drawn = branch.num_drawn_patches(num_patches)
         targets = EquiTargets(
@@ -241,8 +241,8 @@ def _tokens(*shape: int, is_trained: bool = True) -> Tensor:
     return torch.empty(shape, requires_grad=is_trained)
 
 
-def _images(count: int, side: int) -> Tensor:
-    return torch.empty(count, 3, side, side)
+def _images(cfg: Config, count: int, side: int) -> Tensor:
+    return torch.empty(count, cfg.data.in_channels, side, side)
 
 
 def _trained(forward: Callable[[], list[Tensor]]) -> int:

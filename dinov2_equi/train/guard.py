@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dinov2_equi.config.schema import Config
 from dinov2_equi.data.batch import Batch
-from dinov2_equi.distributed.env import is_main_process
 from dinov2_equi.fsdp.checkpoint import CheckpointStore
 from dinov2_equi.train.replay import write_bundle
 from dinov2_equi.train.schedules import StepValues
@@ -67,6 +66,7 @@ class GuardedSteps:
         logger.warning("%s. The step is skipped (%d of %d in a row)", error, self._num_in_a_row, self._limit)
         if self._num_in_a_row < self._limit:
             return
+        self._store.wait()  # all ranks see the same checkpoints then
         last = self._store.latest_step()
         if last is None or last == self._went_back_to:
             self._stop(error, batch, rng, teacher_temp)
@@ -81,12 +81,8 @@ class GuardedSteps:
         logger.warning("back to the weights of step %d, going on with the images of step %d", checkpoint.step, step)
 
     def _stop(self, error: NonFiniteLossError, batch: Batch, rng: dict[str, Tensor], teacher_temp: float) -> None:
-        where = ""
-        if is_main_process():
-            bundle = write_bundle(
-                self._output_dir, self._state, self._cfg, batch=batch, rng=rng, teacher_temp=teacher_temp
-            )
-            where = f". To look at it: python scripts/replay.py {bundle}"
+        bundle = write_bundle(self._output_dir, self._state, self._cfg, batch=batch, rng=rng, teacher_temp=teacher_temp)
+        where = f". To look at it: python scripts/replay.py {bundle}"
         tried = "there is no checkpoint yet"
         if self._went_back_to is not None:
             tried = f"going back to the checkpoint of step {self._went_back_to} did not help"

@@ -21,21 +21,27 @@ from dinov2_equi.data.datasets.base import ImageDataset
 from dinov2_equi.data.loaders import on_device
 from dinov2_equi.data.source_batch import SourceBatch
 from dinov2_equi.distributed.collectives import largest_of_ranks, wait_for_all_ranks
-from dinov2_equi.distributed.env import get_world_size, is_main_process
+from dinov2_equi.distributed.env import get_rank, get_world_size, is_main_process
+from dinov2_equi.distributed.rank_group import rank_group
 from dinov2_equi.fsdp.checkpoint import CheckpointStore
 from dinov2_equi.logging.metrics import MetricWriter
 from dinov2_equi.logging.progress import training_progress
 from dinov2_equi.train import build
+from dinov2_equi.train.bad_images_of_ranks import gather_bad_images
 from dinov2_equi.train.export import export_teacher
 from dinov2_equi.train.guard import GuardedSteps
 from dinov2_equi.train.schedules import StepValues
 from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
 from dinov2_equi.train.state import ResumeError, TrainState, check_same_run, seed_rank
 from dinov2_equi.train.stopping import RunStopped, StopRequest
+from dinov2_equi.train.watchdog import Watchdog
+from dinov2_equi.train.whole import whole_model
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
+SAVE_FAILED = 1000
+"""Told to the other ranks in place of a signal, all of which are smaller: a save in the background has failed."""
 
 StepHook = Callable[[SSLMetaArch, int, MetricWriter], None]
 """Called with the model, the number of finished steps, and the writer: for pictures and measurements while training."""
@@ -63,15 +69,16 @@ def train(
         on_evaluation: called every `evaluation.eval_period_iterations` steps, after the export of the teacher.
 
     Returns:
-        The finished run, its model in evaluation mode.
+        The finished run, its model in evaluation mode; on the main process with all parameters.
 
     Raises:
         ResumeError: if the folder holds another run.
         NonFiniteLossError: if too many steps in a row were not finite, see `GuardedSteps`.
+        CheckpointError: if a checkpoint could not be written; in the background, after one of the next steps.
         RunStopped: on a signal, once the step is finished and saved.
         TooManyBadImagesError: if more images than `data.max_bad_fraction` cannot be used.
     """
-    store = CheckpointStore(output_dir / CHECKPOINTS, keep=cfg.train.checkpoint_keep)
+    store = CheckpointStore(output_dir / CHECKPOINTS, keep=cfg.train.checkpoint_keep, ranks=rank_group())
     wait_for_all_ranks()  # the main process clears what a crash left behind
     state = _start_or_resume(cfg, derived, store, device)
     if is_main_process():
@@ -81,6 +88,7 @@ def train(
     else:
         hooks = ((cfg.logging.pictures_every_steps, on_picture), (cfg.evaluation.eval_period_iterations, on_evaluation))
         _run_steps(state, cfg, derived, store, dataset=dataset, output_dir=output_dir, hooks=hooks)
+    state.model = whole_model(state.model, device) or state.model
     if is_main_process():
         export_teacher(state.model, output_dir)  # also after a stop between the last checkpoint and this line
     state.model.eval()
@@ -93,19 +101,20 @@ def load_finished(cfg: Config, derived: Derived, *, device: torch.device, output
     Raises:
         ResumeError: if there is no checkpoint, or it is of another run.
     """
-    store = CheckpointStore(output_dir / CHECKPOINTS, read_only=True)
+    store = CheckpointStore(output_dir / CHECKPOINTS, read_only=True, ranks=rank_group())
     if store.latest_step() is None:
         raise ResumeError(f"there is no checkpoint in {store.directory}; train first, or name the run's folder")
     state = _start_or_resume(cfg, derived, store, device)
+    state.model = whole_model(state.model, device) or state.model
     state.model.eval()
     return state
 
 
 def _start_or_resume(cfg: Config, derived: Derived, store: CheckpointStore, device: torch.device) -> TrainState:
     torch.manual_seed(cfg.train.seed)
-    state = build.build_state(cfg, derived, device)
-    if store.latest_step() is None:
-        build.load_initial_weights(state.model, cfg)
+    is_new = store.latest_step() is None
+    state = build.build_state(cfg, derived, device, resumes=not is_new)
+    if is_new:
         if get_world_size() > 1:
             seed_rank(cfg.train.seed, 0)
         return state
@@ -132,6 +141,7 @@ def _run_steps(
     schedules = build.build_schedules(cfg, derived)
     steps = GuardedSteps(state, cfg, store=store, device=device, output_dir=output_dir)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(store.waiting_at_the_end())
         writer = progress = None
         if is_main_process():
             kept = MetricWriter(output_dir, tensorboard=cfg.logging.tensorboard, start_step=state.step)
@@ -140,9 +150,12 @@ def _run_steps(
             progress = stack.enter_context(shown)
         stop = stack.enter_context(StopRequest().listening())
         state.model.train()
-        bad_images = BadImageLog(output_dir, cfg.data.max_bad_fraction)
+        bad_images = BadImageLog(output_dir, cfg.data.max_bad_fraction, is_writer=is_main_process())
+        watchdog = stack.enter_context(Watchdog(cfg.train.watchdog_seconds, output_dir, get_rank()).watching())
+        watchdog.beat("waiting for the first images")
         for batch, clock in _timed(loader):
-            bad_images.record(batch.batch_size, batch.bad_images)
+            watchdog.beat(f"in step {state.step}")
+            bad_images.record(derived.effective_batch_size, gather_bad_images(batch.bad_images, device))
             values = schedules.at(state.step)
             scalars = steps.run(on_device(batch, device), values)
             facts = _step_facts(values, clock.stop(derived.effective_batch_size), device)
@@ -152,15 +165,29 @@ def _run_steps(
                 progress.update(state.step, scalars)
                 if _is_logged(cfg, state.step, derived.total_steps):
                     writer.write(state.step - 1, scalars)
+            watchdog.beat(f"saving after step {state.step - 1}")
             _periodic(state, cfg, derived, store, output_dir, is_sound=steps.is_sound)
-            for period, hook in hooks:
-                if hook is not None and writer is not None and _due(state.step, period):
-                    hook(state.model, state.step, writer)
-                    state.model.train()
-            number = largest_of_ranks(stop.signal, device)
+            due = [hook for period, hook in hooks if hook is not None and _due(state.step, period)]
+            with watchdog.paused() if due else contextlib.nullcontext():  # these take as long as they take
+                _call_hooks(due, state, writer, device)
+                number = largest_of_ranks(SAVE_FAILED if store.has_failed else stop.signal, device)
+            if number == SAVE_FAILED:
+                store.wait()  # raises on all ranks
             if number and state.step < derived.total_steps:
                 state.save(store, cfg)
                 raise RunStopped(number, state.step)
+            watchdog.beat(f"waiting for the images of step {state.step}")
+
+
+def _call_hooks(
+    hooks: Sequence[StepHook], state: TrainState, writer: MetricWriter | None, device: torch.device
+) -> None:
+    """Call what is due after this step, in the process that writes the metrics; all gather the model for it."""
+    for hook in hooks:
+        whole = whole_model(state.model, device)
+        if whole is not None and writer is not None:
+            hook(whole, state.step, writer)
+        state.model.train()
 
 
 def _is_logged(cfg: Config, step: int, total_steps: int) -> bool:
@@ -176,10 +203,13 @@ def _periodic(
     In a row of steps that are not finite no checkpoint is written but the last: the one before it is to go back to.
     """
     due = is_sound and _due(state.step, derived.checkpoint_every_steps)
-    if due or state.step == derived.total_steps:
-        state.save(store, cfg)
-    if is_main_process() and _due(state.step, cfg.evaluation.eval_period_iterations):
-        export_teacher(state.model, exported_teacher(output_dir, state.step))
+    is_last = state.step == derived.total_steps
+    if due or is_last:
+        state.save(store, cfg, in_background=cfg.train.async_checkpoint and not is_last)
+    if _due(state.step, cfg.evaluation.eval_period_iterations):
+        whole = whole_model(state.model, torch.device("cpu"))
+        if whole is not None:
+            export_teacher(whole, exported_teacher(output_dir, state.step))
 
 
 def exported_teacher(output_dir: Path, step: int) -> Path:

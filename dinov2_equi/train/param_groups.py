@@ -7,13 +7,14 @@ normalisation layers and LayerScale are never decayed by weight decay; the learn
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from dinov2_equi.fsdp.sharding import mesh_of
 from dinov2_equi.layers.dino_head import DINOHead
 from dinov2_equi.layers.layer_scale import LayerScale
 from dinov2_equi.models.vision_transformer import DinoVisionTransformer
@@ -142,6 +143,8 @@ def build_param_groups(
 ) -> list[dict[str, Any]]:
     """Return the optimiser's parameter groups, one for each distinct role, in order of first appearance.
 
+    Sharded and whole parameters of one role are in groups of their own: the optimiser updates a group at once.
+
     A group holds ``params`` and their full ``names`` in the same order, and the role's ``lr_multiplier``,
     ``wd_multiplier`` and ``is_last_layer``. Parameters without ``requires_grad`` are left out; a parameter that two
     modules share appears once, under its first name.
@@ -154,10 +157,10 @@ def build_param_groups(
     Raises:
         ValueError: one of the factors is not positive, or there is nothing to train.
     """
-    groups: dict[ParamRole, dict[str, Any]] = {}
+    groups: dict[tuple[ParamRole, Hashable], dict[str, Any]] = {}
     for name, (parameter, role) in _roles(modules, layerwise_decay, patch_embed_lr_mult).items():
         group = groups.setdefault(
-            role,
+            (role, mesh_of(parameter)),
             {
                 "params": [],
                 "names": [],

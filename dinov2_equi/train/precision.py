@@ -9,9 +9,12 @@ import torch
 from dinov2_equi.config.schema import Config
 
 
-def autocast(cfg: Config, device: torch.device) -> AbstractContextManager[None]:
-    """Return the context of `compute_precision.autocast`: bf16 on CUDA by default, fp32 elsewhere."""
+def computes_in_bf16(cfg: Config, device: torch.device) -> bool:
+    """Return what `compute_precision.autocast` comes to: bf16 on CUDA by default, fp32 elsewhere."""
     choice = cfg.compute_precision.autocast
-    if choice == "bf16" or (choice == "auto" and device.type == "cuda"):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
+    return choice == "bf16" or (choice == "auto" and device.type == "cuda")
+
+
+def autocast(cfg: Config, device: torch.device) -> AbstractContextManager[None]:
+    """Return the context of `compute_precision.autocast`."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if computes_in_bf16(cfg, device) else nullcontext()

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from dinov2_equi.config.load import to_yaml
 from dinov2_equi.config.schema import Config
 from dinov2_equi.data.batch import Batch
+from dinov2_equi.distributed.env import is_main_process
+from dinov2_equi.distributed.rank_group import rank_group
 from dinov2_equi.fsdp.checkpoint import CheckpointStore, read_checkpoint
 from dinov2_equi.fsdp.manifest import CheckpointError
 from dinov2_equi.models.weights import load_exact
@@ -27,7 +29,7 @@ CONFIG = "config.yaml"
 def write_bundle(
     output_dir: Path, state: TrainState, cfg: Config, *, batch: Batch, rng: dict[str, Tensor], teacher_temp: float
 ) -> Path:
-    """Write model, batch and random state of a step that was not finite and return the folder.
+    """Write model, batch and random state of a step that was not finite and return the folder; every rank must call it.
 
     Same format as a checkpoint: safetensors and JSON with a manifest, no pickle.
 
@@ -35,12 +37,13 @@ def write_bundle(
         output_dir: the run's folder.
         state: the run; a step that is not finite leaves the weights as they were before it.
         cfg: its configuration.
-        batch: what the step was given.
+        batch: what the step was given; that of the main process is written.
         rng: the random state before the step, of `random_state`.
         teacher_temp: temperature of the teacher's softmax in the step.
     """
-    store = CheckpointStore(output_dir / FOLDER, keep=1)
-    (output_dir / FOLDER / CONFIG).write_text(to_yaml(cfg), encoding="utf-8")
+    store = CheckpointStore(output_dir / FOLDER, keep=1, ranks=rank_group())
+    if is_main_process():
+        (output_dir / FOLDER / CONFIG).write_text(to_yaml(cfg), encoding="utf-8")
     tensors = {
         "model": state.model.state_dict(),
         "batch": batch.tensors(),
@@ -84,7 +87,7 @@ def replay_step(bundle: Path, device: torch.device) -> Replay:
     model = SSLMetaArch(cfg)
     load_exact(model, content.tensors["model"])
     model.to(device).train()
-    set_random_state(content.tensors["rng"])
+    set_random_state(dict(content.tensors["rng"]))
     tensors: dict[str, Any] = dict(content.tensors["batch"])
     batch = Batch(**tensors).to(device)
     broken: list[str] = []

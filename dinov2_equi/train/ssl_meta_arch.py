@@ -25,6 +25,7 @@ from dinov2_equi.loss.koleo_loss import KoLeoLoss
 from dinov2_equi.loss.vicreg_loss import VICRegLoss
 from dinov2_equi.models.vision_transformer import Features
 from dinov2_equi.train import build_model
+from dinov2_equi.train.micro_batches import BackbonePass
 from dinov2_equi.train.outputs import Preview, StepOutput, StudentOutputs, TeacherTargets, Views
 from dinov2_equi.train.precision import autocast
 
@@ -78,7 +79,8 @@ class SSLMetaArch(nn.Module):
             views = self._make_views(batch)
             features = self._teacher_features(views)
             teacher = self._teacher_targets(features, batch, teacher_temp)
-            student = self._student_outputs(views, batch)
+            seen = self._pass_of_student(views, batch)
+            student = self._student_outputs(seen.features, batch)
             losses = self._ssl_losses(student, teacher, batch)
             if self.equi is not None and views.equi_targets is not None:
                 output = self.equi(*self._branch_tokens(student, features), views.equi_targets)
@@ -86,6 +88,7 @@ class SSLMetaArch(nn.Module):
                 losses["equi_loss"] = output.loss
             total = self._weighted_sum(losses)
         total.backward()
+        seen.backward()
         detached = {name: loss.detach() for name, loss in losses.items()}
         return StepOutput(detached | {"total_loss": total.detach()}, metrics, teacher)
 
@@ -152,10 +155,29 @@ class SSLMetaArch(nn.Module):
         """Return what the teacher sees in the global crops, or None where no loss asks."""
         if not self.has_prototypes and not self._teacher_is_source:
             return None
-        features: Features = self.teacher["backbone"](
-            views.global_crops, is_training=True, more_blocks=self._more_blocks if self._teacher_is_source else ()
+        blocks = self._more_blocks if self._teacher_is_source else ()
+        return self._pass_through(self.teacher, [views.global_crops], [None], blocks).features[0]
+
+    def _pass_of_student(self, views: Views, batch: Batch) -> BackbonePass:
+        crops: list[Tensor] = [views.global_crops]
+        masks: list[Tensor | None] = [batch.masks]
+        if len(views.local_crops):
+            crops.append(views.local_crops)
+            masks.append(None)
+        return self._pass_through(self.student, crops, masks, self._more_blocks)
+
+    def _pass_through(
+        self, network: nn.ModuleDict, crops: list[Tensor], masks: list[Tensor | None], blocks: tuple[int, ...]
+    ) -> BackbonePass:
+        return BackbonePass(
+            network["backbone"],  # type: ignore[arg-type]
+            crops,
+            masks,
+            num_parts=self.cfg.train.gradient_accumulation_steps,
+            batch_size=len(crops[0]) // NUM_GLOBAL_CROPS,
+            more_blocks=blocks,
+            precision=lambda: autocast(self.cfg, crops[0].device),
         )
-        return features
 
     @torch.no_grad()
     def _teacher_targets(self, features: Features | None, batch: Batch, temperature: float) -> TeacherTargets | None:
@@ -180,20 +202,14 @@ class SSLMetaArch(nn.Module):
             return loss.softmax_center_teacher(logits, temperature)
         return loss.sinkhorn_knopp_teacher(logits, temperature)
 
-    def _student_outputs(self, views: Views, batch: Batch) -> StudentOutputs:
-        crops: list[Tensor] = [views.global_crops]
-        masks: list[Tensor | None] = [batch.masks]
-        if len(views.local_crops):
-            crops.append(views.local_crops)
-            masks.append(None)
-        features = self.student["backbone"](crops, masks=masks, is_training=True, more_blocks=self._more_blocks)
+    def _student_outputs(self, features: list[Features], batch: Batch) -> StudentOutputs:
         patches = features[0]["x_norm_patchtokens"]  # [G*B, N, D]
         cls = [self._invariant(self.student, f["x_norm_clstoken"]) for f in features]  # [G*B, D_inv], [L*B, D_inv]
         dino_global = dino_local = patch_logits = None
         if self.has_prototypes:
             masked = self._masked_patches(self.student, patches, batch)  # [M, D_inv]
             cls_logits, patch_logits = self._apply_heads(self.student, torch.cat(cls), masked)
-            dino_global, dino_local = cls_logits.tensor_split([len(views.global_crops)])
+            dino_global, dino_local = cls_logits.tensor_split([len(batch.global_crops)])
         return StudentOutputs(
             cls_global=cls[0],
             dino_global=dino_global,
@@ -326,7 +342,8 @@ class SSLMetaArch(nn.Module):
         patches = student.features[0]["x_norm_patchtokens"].flatten(0, 1)
         metrics = feature_metrics(split.invariant(patches), split.equivariant(patches))  # type: ignore[operator]
         if losses and not self._more_blocks:
-            tokens = [f[name] for f in student.features for name in ("x_norm_clstoken", "x_norm_patchtokens")]
+            # No loss reads the patch tokens of local crops.
+            tokens = [f["x_norm_clstoken"] for f in student.features] + [student.features[0]["x_norm_patchtokens"]]
             branch, ssl = self._weighted_sum({"equi_loss": equi_loss}), self._weighted_sum(losses)
             metrics["equi/gradient_ratio"] = gradient_ratio(branch, ssl, tokens)
         return metrics

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from dinov2_equi.config.schema import Config
 from dinov2_equi.data.samplers import RandomStream, random_generator
-from dinov2_equi.distributed.collectives import gather_bytes, wait_for_all_ranks
-from dinov2_equi.distributed.env import get_rank, get_world_size, is_main_process
+from dinov2_equi.distributed.collectives import gather_bytes
+from dinov2_equi.distributed.env import get_rank, get_world_size
 from dinov2_equi.fsdp.checkpoint import Checkpoint, CheckpointStore, flatten_optimizer, restore_optimizer_
 from dinov2_equi.fsdp.manifest import CheckpointError
-from dinov2_equi.models.weights import load_exact
+from dinov2_equi.fsdp.shards import copy_saved_, layout_of
+from dinov2_equi.models.weights import check_exact
 from dinov2_equi.train.ssl_meta_arch import SSLMetaArch
 
 logger = logging.getLogger(__name__)
@@ -25,8 +26,8 @@ logger = logging.getLogger(__name__)
 IDENTITY_SECTIONS = ("student", "dino", "ibot", "vicreg", "equi", "crops", "data")
 IDENTITY_KEYS = ("train.dataset_path", "train.seed", "train.centering")
 """Settings that make a run the run it is: a resume under other values would be neither the old run nor a new one."""
-BATCH_SIZE, WORLD_SIZE = "train.batch_size_per_gpu", "world_size"
-"""Their product makes the run too."""
+BATCH_SIZE, ACCUMULATION, WORLD_SIZE = "train.batch_size_per_gpu", "train.gradient_accumulation_steps", "world_size"
+"""Their product makes the run too: the images of a step."""
 FREE_KEYS = ("data.max_bad_fraction",)
 """Settings of those sections that may differ all the same: they can stop a run, but do not change it."""
 SCHEDULE_KEYS = ("optim.", "teacher.", "train.OFFICIAL_EPOCH_LENGTH", "compute_precision.autocast")
@@ -60,16 +61,20 @@ class TrainState:
         """Where the model is."""
         return self.model.dino_loss.center.device
 
-    def save(self, store: CheckpointStore, cfg: Config) -> None:
-        """Write a checkpoint of this state; the sample position follows from the step. Every rank must call it."""
+    def save(self, store: CheckpointStore, cfg: Config, *, in_background: bool = False) -> None:
+        """Write a checkpoint of this state; the sample position follows from the step. Every rank must call it.
+
+        Args:
+            store: of the run.
+            cfg: its configuration.
+            in_background: copy the state and return; see `CheckpointStore.save`.
+        """
         rng = _random_states_of_all_ranks(self.device)
-        if is_main_process():
-            optimizer_tensors, optimizer_state = flatten_optimizer(self.optimizer)
-            tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors, "rng": rng}
-            facts = {"config": flat_config(cfg), "seconds": self.seconds, "skipped": self.skipped}
-            facts[WORLD_SIZE] = get_world_size()
-            store.save(self.step, tensors, {"optimizer": optimizer_state} | facts)
-        wait_for_all_ranks()  # the others may be about to read it
+        optimizer_tensors, optimizer_state = flatten_optimizer(self.optimizer)
+        tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors, "rng": rng}
+        facts = {"config": flat_config(cfg), "seconds": self.seconds, "skipped": self.skipped}
+        facts[WORLD_SIZE] = get_world_size()
+        store.save(self.step, tensors, {"optimizer": optimizer_state} | facts, in_background=in_background)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take over weights, optimiser, random state and step of a checkpoint.
@@ -79,8 +84,10 @@ class TrainState:
             CheckpointError: if it is none of a training run.
         """
         _check_contents(checkpoint)
-        _check_dtypes(self.model.state_dict(), checkpoint.tensors["model"])
-        load_exact(self.model, checkpoint.tensors["model"])
+        own, saved = self.model.state_dict(), checkpoint.tensors["model"]
+        _check_dtypes(own, layout_of(saved))
+        check_exact(self.model, layout_of(saved))
+        copy_saved_(own, saved)
         restore_optimizer_(self.optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
         _restore_random_state(checkpoint, self.model.cfg.train.seed)
         self.step = checkpoint.step
@@ -109,9 +116,11 @@ def check_same_run(checkpoint: Checkpoint, cfg: Config) -> None:
         if (key.split(".")[0] in IDENTITY_SECTIONS and key not in FREE_KEYS) or key in IDENTITY_KEYS
     ]
     listing = "; ".join(f"{key}: was {before[key]!r}, now {now[key]!r}" for key in identity)
-    images = (before[BATCH_SIZE] * checkpoint.state.get(WORLD_SIZE, 1), now[BATCH_SIZE] * get_world_size())
-    if images[0] != images[1]:
-        listing += f"{'; ' if listing else ''}{BATCH_SIZE} x processes: was {images[0]}, now {images[1]}"
+    was = before[BATCH_SIZE] * before[ACCUMULATION] * checkpoint.state.get(WORLD_SIZE, 1)
+    images = now[BATCH_SIZE] * now[ACCUMULATION] * get_world_size()
+    if was != images:
+        product = f"{BATCH_SIZE} x {ACCUMULATION} x processes"
+        listing += f"{'; ' if listing else ''}{product}: was {was}, now {images}"
     if listing:
         raise ResumeError(
             f"the output folder holds step {checkpoint.step} of a run with other settings ({listing}). "
@@ -125,8 +134,8 @@ def _check_settings(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless the settings of a run are in the checkpoint."""
     config = checkpoint.state.get("config")
     wrong = [] if isinstance(config, dict) else ["config"]
-    if isinstance(config, dict) and not isinstance(config.get(BATCH_SIZE, 1), int):
-        wrong.append(BATCH_SIZE)
+    if isinstance(config, dict):
+        wrong += [key for key in (BATCH_SIZE, ACCUMULATION) if not isinstance(config.get(key, 1), int)]
     if not isinstance(checkpoint.state.get(WORLD_SIZE, 1), int):
         wrong.append(WORLD_SIZE)
     _refuse(checkpoint, wrong)

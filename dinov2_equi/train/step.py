@@ -10,6 +10,7 @@ from dinov2_equi.config.schema import Config
 from dinov2_equi.data.batch import Batch
 from dinov2_equi.distributed.collectives import all_reduce_mean, average_gradients_
 from dinov2_equi.distributed.env import get_rank
+from dinov2_equi.fsdp.sharding import is_sharded, whole_tensor
 from dinov2_equi.train.param_groups import apply_schedule_
 from dinov2_equi.train.schedules import StepValues
 from dinov2_equi.train.state import TrainState
@@ -46,7 +47,8 @@ def train_step(
         teacher_temp=values.teacher_temp,
         diagnose=every > 0 and (state.step == 0 or (state.step + 1) % every == 0),
     )
-    average_gradients_(p for _, module in state.model.trainable_modules() for p in module.parameters())
+    parameters = (p for _, module in state.model.trainable_modules() for p in module.parameters())
+    average_gradients_(p for p in parameters if not is_sharded(p))  # those of the others are means already
     norms = _clip_gradients(state, cfg.optim.clip_grad)
     named = output.losses | output.metrics | norms
     mine = torch.stack([v.float() for v in named.values()])
@@ -64,11 +66,14 @@ def train_step(
 def _clip_gradients(state: TrainState, max_norm: float) -> dict[str, torch.Tensor]:
     """Clip each sub-network on its own, as DINOv2 does; return the norms before clipping. 0 turns clipping off."""
     limit = max_norm if max_norm > 0 else math.inf
-    return {
-        f"grad_norm/{name}": torch.nn.utils.clip_grad_norm_(module.parameters(), limit)
-        for name, module in state.model.trainable_modules()
-        if any(p.grad is not None for p in module.parameters())
-    }
+    norms = {}
+    for name, module in state.model.trainable_modules():
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        if gradients:
+            norm = whole_tensor(torch.nn.utils.get_total_norm(gradients))  # over the rows of all ranks
+            torch.nn.utils.clip_grads_with_norm_(module.parameters(), limit, norm)
+            norms[f"grad_norm/{name}"] = norm
+    return norms
 
 
 def _check_finite(scalars: dict[str, float], step: int) -> None:

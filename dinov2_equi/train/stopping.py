@@ -45,14 +45,13 @@ class StopRequest:
 
 
 class RunStopped(Exception):  # noqa: N818 - it is no error
-    """A signal stopped the run after a whole step, and its checkpoint is written.
+    """A signal stopped the run after a whole step, and its checkpoint is written; or after what has no steps.
 
     Attributes:
         signal: number of the signal.
     """
 
-    def __init__(self, number: int, step: int) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(number).name} after step {step}, which is saved; the same command goes on"
-        )
+    def __init__(self, number: int, step: int | None = None) -> None:
+        where = "" if step is None else f" after step {step}, which is saved"
+        super().__init__(f"stopped by {signal.Signals(number).name}{where}; the same command goes on")
         self.signal = number

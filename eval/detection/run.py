@@ -13,15 +13,16 @@ Writes `results.json`, `predictions.png` and checkpoints; the same command goes 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):  # started as a file: a clean clone needs the repository root on the path
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import torch
+from matplotlib.figure import Figure
+from torch import nn
 
 from dinov2_equi.data.datasets.base import DatasetError
 from dinov2_equi.data.datasets.coco import DetectionSet, coco_files, import_coco, read_coco
@@ -36,130 +37,107 @@ from dinov2_equi.evaluation.dense.detection import (
 )
 from dinov2_equi.evaluation.dense.detection_metrics import MASK_THRESHOLD
 from dinov2_equi.evaluation.dense.pictures import boxes_figure, chosen_images
-from dinov2_equi.evaluation.dense.settings import read_settings
-from dinov2_equi.evaluation.dense.training import Losses, TrainingSamples
-from dinov2_equi.evaluation.figures import figure_png
-from dinov2_equi.evaluation.results import write_results
-from dinov2_equi.logging.progress import training_progress
-from dinov2_equi.run.dense_task import (
-    PICTURE_FILE,
-    RESULTS_FILE,
-    dense_parser,
-    described,
-    load_backbone,
-    loss_curve,
-    run_to_exit_code,
-    train_with_progress,
-    training_identity,
-)
+from dinov2_equi.evaluation.dense.training import Losses
+from dinov2_equi.evaluation.eval_model import EvalModel
+from dinov2_equi.run.dense_task import DenseTask, run_dense_task
 
 SHOWN = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the parsed command line."""
-    names = ", ".join(field.name for field in dataclasses.fields(DetectionSettings))
-    parser = dense_parser(__doc__ or "", layouts=("coco",), settings=names, output="detection", needs_data=False)
-    add = parser.add_argument
-    add("--train", type=Path, nargs=2, metavar=("JSON", "IMAGES"), help="file and folder to train on, for --data")
-    add("--val", type=Path, nargs=2, metavar=("JSON", "IMAGES"), help="file and folder that are measured")
-    add("--shown-score", type=float, default=0.5, metavar="S", help="least score in predictions.png (default: 0.5)")
-    return parser.parse_args(argv)
+class DetectionTask(DenseTask[DetectionSettings, DetectionSet, DetectionModel]):
+    """Boxes and masks of objects."""
 
+    name = "detection"
+    settings = DetectionSettings
+    layouts = ("coco",)
+    needs_data = False
 
-def load_data(args: argparse.Namespace) -> tuple[DetectionSet, DetectionSet]:
-    """Return images to train on and images to measure on.
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add files that lie elsewhere, and what the picture shows."""
+        add = parser.add_argument
+        add("--train", type=Path, nargs=2, metavar=("JSON", "IMAGES"), help="file and folder to train on, for --data")
+        add("--val", type=Path, nargs=2, metavar=("JSON", "IMAGES"), help="file and folder that are measured")
+        add("--shown-score", type=float, default=0.5, metavar="S", help="least score in the picture (default: 0.5)")
 
-    Raises:
-        DatasetError: it is not said which, or the classes of the two differ.
-    """
-    if bool(args.data) == bool(args.train or args.val) or bool(args.train) != bool(args.val):
-        raise DatasetError("give --data FOLDER alone, or both --train JSON IMAGES and --val JSON IMAGES")
-    files = [coco_files(args.data.expanduser(), split) for split in SPLITS] if args.data else [args.train, args.val]
-    train, val = (read_coco(path.expanduser(), folder.expanduser()) for path, folder in files)
-    if train.classes != val.classes or train.category_ids != val.category_ids:
-        raise DatasetError(
-            f"the categories of {train.path} and {val.path} differ: {train.classes[:5]}, {val.classes[:5]}"
+    def check_libraries(self) -> None:
+        """Ask for pycocotools."""
+        import_coco("cocoeval")
+
+    def load_data(self, args: argparse.Namespace) -> tuple[DetectionSet, DetectionSet]:
+        """Return images to train on and images to measure on.
+
+        Raises:
+            DatasetError: it is not said which, or the classes of the two differ.
+        """
+        if bool(args.data) == bool(args.train or args.val) or bool(args.train) != bool(args.val):
+            raise DatasetError("give --data FOLDER alone, or both --train JSON IMAGES and --val JSON IMAGES")
+        files = [coco_files(args.data.expanduser(), split) for split in SPLITS] if args.data else [args.train, args.val]
+        train, val = (read_coco(path.expanduser(), folder.expanduser()) for path, folder in files)
+        if train.classes != val.classes or train.category_ids != val.category_ids:
+            raise DatasetError(
+                f"the categories of {train.path} and {val.path} differ: {train.classes[:5]}, {val.classes[:5]}"
+            )
+        return train, val
+
+    def facts(self, train: DetectionSet) -> dict[str, Any]:
+        """Return the names of the classes."""
+        return {"classes": train.classes}
+
+    def build(self, backbone: EvalModel, settings: DetectionSettings, train: DetectionSet) -> DetectionModel:
+        """Return a detector on the backbone."""
+        return DetectionModel(backbone, settings, len(train.classes))
+
+    def backbone_of(self, model: DetectionModel) -> nn.Module:
+        """Return the backbone below pyramid and detector."""
+        return model.backbone
+
+    def augmentation(self, settings: DetectionSettings, train: DetectionSet) -> DetectionAugmentation:
+        """Return what makes the training crops."""
+        return DetectionAugmentation(settings, train)
+
+    def collate(self) -> Callable[[list[Sample]], list[Sample]]:
+        """Return what leaves samples as they are: the numbers of objects differ."""
+        return as_list
+
+    def losses(self, model: DetectionModel, batch: list[Sample], settings: DetectionSettings, device: str) -> Losses:
+        """Return the terms of the detector's loss."""
+        return model.losses(batch, device)
+
+    def evaluate(
+        self, model: DetectionModel, val: DetectionSet, settings: DetectionSettings, on_image: Callable[[], None]
+    ) -> dict[str, Any]:
+        """Return the average precision of boxes and masks."""
+        return evaluate_detection(model, val, settings, on_image=on_image)
+
+    def figure(
+        self, args: argparse.Namespace, model: DetectionModel, val: DetectionSet, settings: DetectionSettings
+    ) -> Figure:
+        """Return photographs with true and found boxes."""
+        chosen = chosen_images(len(val), args.pictures)
+        images = [val.load_image(index) for index in chosen]
+        truths = [val.objects(index, with_masks=False) for index in chosen]
+        outputs = [model.predict(image) for image in images]
+        kept = [{name: v[found["scores"] >= args.shown_score] for name, v in found.items()} for found in outputs]
+        return boxes_figure(
+            images,
+            [(objects.boxes, objects.labels - 1) for objects in truths],
+            [(found["boxes"], found["labels"] - 1) for found in kept],
+            val.classes,
+            [found["masks"][:, 0] >= MASK_THRESHOLD for found in kept] if settings.has_masks else None,
         )
-    return train, val
 
-
-def train_head(
-    args: argparse.Namespace,
-    model: DetectionModel,
-    train: DetectionSet,
-    settings: DetectionSettings,
-    identity: dict[str, Any],
-) -> list[float]:
-    """Train, or go on with a training, and return the losses."""
-
-    def losses_of(batch: list[Sample]) -> Losses:
-        return model.losses(batch, args.device)
-
-    return train_with_progress(
-        model,
-        model.backbone,
-        losses_of,
-        TrainingSamples(DetectionAugmentation(settings, train), len(train), settings.seed),
-        settings,
-        args=args,
-        identity=identity,
-        collate=as_list,
-    )
-
-
-def save_picture(
-    args: argparse.Namespace, model: DetectionModel, val: DetectionSet, settings: DetectionSettings
-) -> None:
-    """Write photographs with true and found boxes."""
-    chosen = chosen_images(len(val), args.pictures)
-    images = [val.load_image(index) for index in chosen]
-    truths = [val.objects(index, with_masks=False) for index in chosen]
-    outputs = [model.predict(image) for image in images]
-    kept = [{name: values[found["scores"] >= args.shown_score] for name, values in found.items()} for found in outputs]
-    figure = boxes_figure(
-        images,
-        [(objects.boxes, objects.labels - 1) for objects in truths],
-        [(found["boxes"], found["labels"] - 1) for found in kept],
-        val.classes,
-        [found["masks"][:, 0] >= MASK_THRESHOLD for found in kept] if settings.has_masks else None,
-    )
-    (args.output / PICTURE_FILE).write_bytes(figure_png(figure))
-
-
-def run(args: argparse.Namespace) -> str:
-    """Train, measure and write everything; return the measures as text."""
-    settings = read_settings(DetectionSettings, args.config, args.set)
-    settings.check()
-    import_coco("cocoeval")  # asked for before an hour of training, not after it
-    train, val = load_data(args)
-    backbone = load_backbone(args, settings.seed)
-    names = [train.name(index) for index in range(len(train))]
-    identity = training_identity(args, backbone, dataclasses.asdict(settings) | {"classes": train.classes}, names)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        model = DetectionModel(backbone, settings, len(train.classes)).to(args.device)
-    history = train_head(args, model, train, settings, identity)
-    with training_progress(len(val)) as progress:
-        found = evaluate_detection(model, val, settings, on_image=lambda: progress.update(progress.steps_done + 1))
-    write_results(
-        args.output / RESULTS_FILE,
-        {backbone.name: found | {"train_loss": loss_curve(history)}},
-        task="detection",
-        seed=settings.seed,
-        settings=described(args) | {"num_train_images": len(train), "recipe": dataclasses.asdict(settings)},
-    )
-    save_picture(args, model, val, settings)
-    lines = [f"{'':24}" + "".join(f"{name:>10}" for name in SHOWN)]
-    for kind in ("box", "mask"):
-        if kind in found:
-            lines.append(f"{backbone.name[:18] + ' ' + kind:24}" + "".join(f"{found[kind][n]:10.3f}" for n in SHOWN))
-    return "\n".join(lines)
+    def table(self, name: str, found: Mapping[str, Any]) -> str:
+        """Return the average precision of boxes and masks."""
+        lines = [f"{'':24}" + "".join(f"{column:>10}" for column in SHOWN)]
+        for kind in ("box", "mask"):
+            if kind in found:
+                lines.append(f"{name[:18] + ' ' + kind:24}" + "".join(f"{found[kind][n]:10.3f}" for n in SHOWN))
+        return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the harness; a fault of the input ends in one line on stderr and exit code 2."""
-    return run_to_exit_code(run, parse_arguments(argv))
+    return run_dense_task(DetectionTask(), __doc__, Path(__file__), argv)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,10 @@ if __package__ in (None, ""):  # started as a file: a clean clone needs the repo
 
 from rich.table import Table
 
-from dinov2_equi.data.datasets.base import ImageDataset
+from dinov2_equi.data.datasets.base import DatasetError, ImageDataset
 from dinov2_equi.data.datasets.make import make_train_and_val
+from dinov2_equi.distributed.collectives import largest_of_ranks
+from dinov2_equi.distributed.env import get_rank, is_main_process
 from dinov2_equi.evaluation.dense_features import DENSE_FEATURES, check_features
 from dinov2_equi.evaluation.eval_model import EvalModel
 from dinov2_equi.evaluation.figures import figure_png
@@ -38,26 +40,33 @@ from dinov2_equi.evaluation.homography_figure import homography_figure
 from dinov2_equi.evaluation.homography_pairs import PairSettings
 from dinov2_equi.evaluation.results import folder_name, write_results
 from dinov2_equi.logging.console import get_console
-from dinov2_equi.logging.progress import training_progress
 from dinov2_equi.logging.setup import setup_logging
-from dinov2_equi.run.command import EXIT_DONE, add_device, command_parser, run_command
+from dinov2_equi.run import launch
+from dinov2_equi.run.command import EXIT_DONE, add_device, command_parser
+from dinov2_equi.run.launch import shown_progress
 from dinov2_equi.run.load import FORMS, load_eval_models
+from dinov2_equi.train.stopping import RunStopped, StopRequest
 
 RESULTS_FILE, FIGURE_FILE = "results.json", "pairs.png"
 IDENTITY = "nothing moved"
+SPLIT_FOLDERS = (("train", "train2017"), ("val", "val2017", "test"))
+_HELP = (
+    "Images lie in FOLDER/train/ and FOLDER/val/, nested or flat, or where --train and --test say; S-COCO is made from "
+    "those of COCO, train2017/ and val2017/ of https://cocodataset.org/#download"
+)
 _SHOWN_PAIRS = 5
 
 Numbers = dict[str, Any]
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the parsed command line."""
+def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = command_parser(__doc__)
     add = parser.add_argument
     add("--weights", nargs="+", required=True, metavar="WEIGHTS", help=f"one or several of: {FORMS}")
     pairs, own = PairSettings(), HomographySettings()
     data = parser.add_argument_group("pairs").add_argument
-    data("--data", metavar="FOLDER", help="with train/ and val/, images in each")
+    data("--data", metavar="FOLDER", help="with train/ and val/, or COCO's train2017/ and val2017/")
     data("--train", metavar="DATA", help="images to learn from, instead of --data")
     data("--test", metavar="DATA", help="images that are measured on, others than --train")
     height, width = pairs.image_size
@@ -79,7 +88,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num-workers", type=int, default=0, help="processes that make pairs")
     add_device(parser)
     add("--output", type=Path, default=Path("homography"), metavar="DIR", help="default: homography")
-    return parser.parse_args(argv)
+    launch.add_arguments(parser)
+    return parser
 
 
 def homography_settings(args: argparse.Namespace) -> HomographySettings:
@@ -133,10 +143,23 @@ def measure(
     model: EvalModel,
     data: tuple[ImageDataset, ImageDataset],
     settings: HomographySettings,
+    *,
     on_step: Callable[[int, float | None], None],
+    stop: StopRequest,
 ) -> Numbers:
-    """Return the numbers of one backbone, after writing its picture."""
+    """Return the numbers of one backbone, after writing its picture.
+
+    Raises:
+        RunStopped: on a signal, once the step is finished and saved.
+    """
     folder = args.output / folder_name(model.name)
+    done = 0
+
+    def advance(step: int, loss: float | None) -> None:
+        nonlocal done
+        done = step
+        on_step(step, loss)
+
     result = fit_homography(
         model.to(args.device),
         *data,
@@ -145,37 +168,72 @@ def measure(
         device=args.device,
         num_workers=args.num_workers,
         save_every=args.save_every,
-        on_step=on_step,
+        on_step=advance,
+        asked_to_stop=lambda: stop.signal > 0,
     )
+    if result is None:
+        raise RunStopped(largest_of_ranks(stop.signal, args.device), done)
     model.to("cpu")
-    write_figure(folder / FIGURE_FILE, data[1], settings, result)
+    if is_main_process():
+        write_figure(folder / FIGURE_FILE, data[1], settings, result)
     return as_numbers(result)
+
+
+def find_images(args: argparse.Namespace) -> tuple[ImageDataset, ImageDataset]:
+    """Return images to learn from and images to measure on.
+
+    Raises:
+        DatasetError: they are not there: says where they were sought, how they may lie, where to get those of S-COCO.
+    """
+    if bool(args.train) != bool(args.test) or bool(args.data) == bool(args.train):
+        raise DatasetError("give --data FOLDER alone, or both --train and --test")
+    train, test = args.train, args.test
+    if args.data:
+        root = Path(args.data).expanduser()
+        train, test = (next((str(root / n) for n in names if (root / n).is_dir()), "") for names in SPLIT_FOLDERS)
+        if not train or not test:
+            sought = " and ".join(" or ".join(str(root / name) for name in names) for names in SPLIT_FOLDERS)
+            raise DatasetError(f"looked for {sought}. {_HELP}")
+    try:
+        return make_train_and_val(None, train, test)
+    except DatasetError as error:
+        raise DatasetError(f"{error} {_HELP}") from error
+
+
+def load_all(args: argparse.Namespace) -> tuple[HomographySettings, tuple[ImageDataset, ImageDataset], list[EvalModel]]:
+    """Return settings, images to learn from and to measure on, and backbones.
+
+    Raises:
+        ValueError: for settings out of range, data or weights that are not there.
+        OSError: for weights that cannot be read.
+    """
+    settings = homography_settings(args)
+    data = find_images(args)
+    models = load_eval_models(args.weights)
+    for model in models:
+        check_features(model, settings.features)
+    return settings, data, models
 
 
 def run(args: argparse.Namespace) -> dict[str, Numbers]:
     """Return the numbers of every backbone, after writing them to `args.output`."""
-    settings = homography_settings(args)
-    data = make_train_and_val(args.data, args.train, args.test)
-    models = load_eval_models(args.weights)
-    for model in models:
-        check_features(model, settings.features)
-    setup_logging(args.output)
+    settings, data, models = load_all(args)
+    setup_logging(args.output, get_rank())
     numbers: dict[str, Numbers] = {}
-    with training_progress(len(models) * settings.steps, images_per_step=settings.batch_size) as progress:
+    total = len(models) * settings.steps
+    with StopRequest().listening() as stop, shown_progress(total, images_per_step=settings.batch_size) as progress:
         for position, model in enumerate(models):
 
             def advance(step: int, loss: float | None, before: int = position * settings.steps) -> None:
                 progress.update(before + step, None if loss is None else {"loss": loss})
 
-            numbers[model.name] = measure(args, model, data, settings, advance)
-            described = {key: value for key, value in vars(args).items() if key not in ("output", "seed")}
-            write_results(
-                args.output / RESULTS_FILE,
-                numbers,
-                task="homography",
-                seed=args.seed,
-                settings=described | {"settings": dataclasses.asdict(settings)},
-            )
+            numbers[model.name] = measure(args, model, data, settings, on_step=advance, stop=stop)
+            if is_main_process():
+                described = {key: value for key, value in launch.described(args).items() if key != "seed"}
+                described["settings"] = dataclasses.asdict(settings)
+                write_results(
+                    args.output / RESULTS_FILE, numbers, task="homography", seed=args.seed, settings=described
+                )
     return numbers
 
 
@@ -191,15 +249,16 @@ def table_of(numbers: dict[str, Numbers]) -> Table:
 def report(args: argparse.Namespace) -> int:
     """Measure, and say what was found and where it lies."""
     numbers = run(args)
-    get_console().print(table_of(numbers))
-    print(f"Pixels of a patch of {args.patch}. Pictures: {args.output}/*/{FIGURE_FILE}")
-    print(f"written: {args.output / RESULTS_FILE}")
+    if is_main_process():
+        get_console().print(table_of(numbers))
+        print(f"Pixels of a patch of {args.patch}. Pictures: {args.output}/*/{FIGURE_FILE}")
+        print(f"written: {args.output / RESULTS_FILE}")
     return EXIT_DONE
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    return run_command(report, parse_arguments(argv))
+    return launch.run_launched(report, get_parser(), argv, script=Path(__file__), check=load_all)
 
 
 if __name__ == "__main__":

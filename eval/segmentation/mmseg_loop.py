@@ -26,6 +26,7 @@ from dinov2_equi.evaluation.dense.training import (
     set_learning_rates,
     step_seed,
 )
+from dinov2_equi.train.stopping import RunStopped, StopRequest
 
 _NAME = re.compile(r"step_(\d+)\.pth")
 _KEPT = 2
@@ -91,18 +92,31 @@ class SaveHook(Hook):
         every: steps between two.
         identity: what the training depends on.
         left_out: names of the tensors of the model that are not written.
+        stop: whether the training shall end after the step and its checkpoint.
     """
 
     priority = "VERY_LOW"
 
-    def __init__(self, folder: Path, every: int, identity: Mapping[str, Any], left_out: set[str]) -> None:
+    def __init__(
+        self, folder: Path, every: int, identity: Mapping[str, Any], left_out: set[str], stop: StopRequest
+    ) -> None:
         self._folder, self._every, self._identity, self._left_out = folder, every, dict(identity), left_out
+        self._stop = stop
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Write one, where it is time to, and remove those before the last two."""
+        """Write one, where it is time to.
+
+        Raises:
+            RunStopped: it was asked for; the step is written.
+        """
         step = batch_idx + 1
-        if step % self._every and step != runner.max_iters:
-            return
+        if step % self._every == 0 or step == runner.max_iters or self._stop.signal:
+            self._save(runner, step)
+        if self._stop.signal:
+            raise RunStopped(self._stop.signal, step)
+
+    def _save(self, runner: Any, step: int) -> None:
+        """Write a checkpoint and remove those before the last two."""
         self._folder.mkdir(parents=True, exist_ok=True)
         temporary = self._folder / f".{os.getpid()}.tmp"
         try:
@@ -152,7 +166,7 @@ def _checkpoints(folder: Path) -> dict[int, Path]:
 
 
 @contextmanager
-def readable(checkpoint: Path | None) -> Iterator[None]:
+def readable(checkpoint: str | None) -> Iterator[None]:
     """Say in words, and as a fault of the input, where a checkpoint holds what torch's safe mode refuses.
 
     Raises:

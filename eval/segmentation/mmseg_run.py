@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -23,11 +23,23 @@ from torch.utils.data import DataLoader
 
 from dinov2_equi.data.datasets.segmentation_sets import IGNORE, SegmentationSet
 from dinov2_equi.data.samplers import PositionSampler
-from dinov2_equi.evaluation.dense.segmentation import HEADS, TrainedSegmentation
+from dinov2_equi.distributed.env import get_world_size
+from dinov2_equi.evaluation.dense.segmentation import HEADS
 from dinov2_equi.evaluation.dense.training import full_identity, parameter_groups, trained_state
 from dinov2_equi.evaluation.eval_model import EvalModel
+from dinov2_equi.evaluation.figures import figure_png
 from dinov2_equi.logging.progress import training_progress
 from dinov2_equi.logging.setup import setup_logging
+from dinov2_equi.run.dense_task import (
+    PICTURE_FILE,
+    AnyTask,
+    identity_of,
+    loss_curve,
+    read_task_settings,
+    write_task_results,
+)
+from dinov2_equi.run.load import load_eval_model
+from dinov2_equi.train.stopping import RunStopped, StopRequest
 from eval.segmentation.mmseg_loop import (
     PositionedTrainLoop,
     SaveHook,
@@ -137,61 +149,80 @@ def build_model(config: dict[str, Any], seed: int) -> Any:
         return MODELS.build(config)
 
 
-def run_mmseg(
-    args: argparse.Namespace,
-    settings: MmsegSettings,
-    backbone: EvalModel,
-    data: Split,
-    identity: Mapping[str, Any],
-) -> TrainedSegmentation:
-    """Train a head, or go on with a training, and measure it.
+def run_mmseg(task: AnyTask, args: argparse.Namespace) -> str:
+    """Train, measure and write everything, as `train_and_measure` does; return the table as text.
+
+    Raises:
+        ValueError: several processes, a checkpoint of another training or with more in it than plain values, or a loss
+            that is not finite.
+        RunStopped: on a signal, once the step is finished and saved.
+    """
+    if get_world_size() > 1:
+        raise ValueError(f"--framework mmseg runs in one process, got {get_world_size()}; take --framework torch")
+    settings: MmsegSettings = read_task_settings(task, args)
+    train, val = task.load_data(args)
+    backbone = load_eval_model(args.weights, seed=settings.seed).to(args.device)
+    identity = full_identity(identity_of(task, args, backbone, settings, train), settings)
+    setup_logging(args.output)
+    with torch.random.fork_rng(devices=[]), StopRequest().listening() as stop:
+        runner = _runner(args, settings, backbone, (train, val), _Training(identity, stop))
+        losses = _train(runner, settings)
+        found = _measure(runner, settings, val, stop)
+    numbers = {backbone.name: found | {"train_loss": loss_curve(losses)}}
+    write_task_results(task, args, settings, train, numbers)
+    figure = task.figure(args, Predictor(runner.model), val, settings)
+    (args.output / PICTURE_FILE).write_bytes(figure_png(figure))
+    return task.table(backbone.name, found)
+
+
+class _Training(NamedTuple):
+    identity: Mapping[str, Any]
+    """What it depends on."""
+
+    stop: StopRequest
+    """Whether it shall end before its time."""
+
+
+def _runner(
+    args: argparse.Namespace, settings: MmsegSettings, backbone: EvalModel, data: Split, training: _Training
+) -> Runner:
+    """Return mmengine's runner, which goes on from the newest checkpoint.
 
     Args:
         args: weights, device, output and loader processes.
         settings: the recipe.
         backbone: what the weights are, on the device.
         data: images to train on and images to measure on.
-        identity: what the training depends on beside its settings.
-
-    Raises:
-        ValueError: a checkpoint of another training or with more in it than plain values, a loss that is not finite.
+        training: what it depends on, and what stops it.
     """
-    setup_logging(args.output)
-    train, val = data
-    config = model_config(settings, backbone, len(train.classes))
+    config = model_config(settings, backbone, len(data[0].classes))
     model = build_model(config, settings.seed).to(args.device)
     named = config | {"backbone": config["backbone"] | {"weights": args.weights}}
     checkpoints = args.output / WORK_FOLDER / CHECKPOINTS
     step, checkpoint = newest_checkpoint(checkpoints)
-    with torch.random.fork_rng(devices=[]):
-        runner = Runner(
-            model,
-            str(checkpoints.parent),
-            optim_wrapper=_optimizer(args, settings, model),
-            custom_hooks=[_saving(checkpoints, settings, model, full_identity(identity, settings))],
-            load_from=None if checkpoint is None else str(checkpoint),
-            resume=checkpoint is not None,
-            randomness={"seed": settings.seed},
-            default_hooks=_QUIET,
-            default_scope="mmseg",
-            experiment_name=uuid.uuid4().hex,  # mmengine keeps things by this name for the whole process
-            log_level=logging.ERROR,
-            visualizer={"type": "Visualizer", "vis_backends": []},
-            cfg=Config({"custom_imports": {"imports": [PARTS]}, "model": named}),
-            **_data(args, settings, data, step),
-        )
-        model.to(args.device)  # the runner takes the first GPU that it finds
-        with readable(checkpoint):
-            losses = _train(runner, settings)
-    measures = _measure(runner, settings, val)
-    return TrainedSegmentation(
-        backbone.name, losses, measures, lambda image: predict_classes(runner.model, settings, image)
+    runner = Runner(
+        model,
+        str(checkpoints.parent),
+        optim_wrapper=_optimizer(args, settings, model),
+        custom_hooks=[_saving(checkpoints, settings, model, training)],
+        load_from=None if checkpoint is None else str(checkpoint),
+        resume=checkpoint is not None,
+        randomness={"seed": settings.seed},
+        default_hooks=_QUIET,
+        default_scope="mmseg",
+        experiment_name=uuid.uuid4().hex,  # mmengine keeps things by this name for the whole process
+        log_level=logging.ERROR,
+        visualizer={"type": "Visualizer", "vis_backends": []},
+        cfg=Config({"custom_imports": {"imports": [PARTS]}, "model": named}),
+        **_data(args, settings, data, step),
     )
+    model.to(args.device)  # the runner takes the first GPU that it finds
+    return runner
 
 
-def _saving(folder: Path, settings: MmsegSettings, model: Any, identity: Mapping[str, Any]) -> SaveHook:
+def _saving(folder: Path, settings: MmsegSettings, model: Any, training: _Training) -> SaveHook:
     left_out = set(model.state_dict()) - set(trained_state(model, model.backbone.network))
-    return SaveHook(folder, settings.save_every, identity, left_out)
+    return SaveHook(folder, settings.save_every, training.identity, left_out, training.stop)
 
 
 def _data(args: argparse.Namespace, settings: MmsegSettings, data: Split, step: int) -> dict[str, Any]:
@@ -220,16 +251,23 @@ def _optimizer(args: argparse.Namespace, settings: MmsegSettings, model: Any) ->
 def _train(runner: Runner, settings: MmsegSettings) -> list[float]:
     with training_progress(settings.steps, images_per_step=settings.batch_size) as progress:
         runner.register_hook(StepHook(progress.update))
-        runner.train()
+        with readable(runner._load_from):
+            runner.train()
     return loss_history(runner)
 
 
-def _measure(runner: Runner, settings: MmsegSettings, val: SegmentationSet) -> dict[str, Any]:
+def _measure(runner: Runner, settings: MmsegSettings, val: SegmentationSet, stop: StopRequest) -> dict[str, Any]:
     """Return our measures and, under `mmseg`, those of its own metric as it rounds them, percent."""
     if len(settings.test_scales) > 1 or settings.flip_test:
         runner.model = MODELS.build({"type": "SegTTAModel", "module": runner.model})
     with training_progress(len(val)) as progress:
-        runner.register_hook(_ImageHook(lambda: progress.update(progress.steps_done + 1)))
+
+        def advance() -> None:
+            if stop.signal:
+                raise RunStopped(stop.signal, settings.steps)
+            progress.update(progress.steps_done + 1)
+
+        runner.register_hook(_ImageHook(advance))
         with _own_warnings_ignored():
             found = runner.test()
     own = {name: float(found[name]) for name in ("mIoU", "aAcc", "mAcc")}
@@ -245,13 +283,19 @@ def _own_warnings_ignored() -> Iterator[None]:
         yield
 
 
-@torch.no_grad()
-def predict_classes(model: Any, settings: MmsegSettings, image: Tensor) -> Tensor:
-    """Return the classes, int64 [1, H, W] on the CPU, of an image, uint8 [3, H, W]."""
-    with _own_warnings_ignored():
-        (sample,) = model.test_step(pseudo_collate([sample_for_test(image, None, settings)]))
-    classes: Tensor = sample.pred_sem_seg.data.reshape(1, *image.shape[-2:]).cpu()
-    return classes
+class Predictor:
+    """A model of mmsegmentation that predicts as `SegmentationModel` does."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    @torch.no_grad()
+    def predict(self, image: Tensor, settings: MmsegSettings) -> Tensor:
+        """Return the classes, int64 [1, H, W] on the CPU, of an image, uint8 [3, H, W]."""
+        with _own_warnings_ignored():
+            (sample,) = self._model.test_step(pseudo_collate([sample_for_test(image, None, settings)]))
+        classes: Tensor = sample.pred_sem_seg.data.reshape(1, *image.shape[-2:]).cpu()
+        return classes
 
 
 class _ImageHook(Hook):

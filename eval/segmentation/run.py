@@ -13,15 +13,16 @@ Writes `results.json`, `predictions.png` and checkpoints; the same command goes 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):  # started as a file: a clean clone needs the repository root on the path
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import torch
+from matplotlib.figure import Figure
+from torch import nn
 
 from dinov2_equi.data.datasets.pairs import SPLITS
 from dinov2_equi.data.datasets.segmentation_sets import LAYOUTS, SegmentationSet, make_segmentation_set
@@ -31,150 +32,137 @@ from dinov2_equi.evaluation.dense.segmentation import (
     SegmentationModel,
     SegmentationSample,
     SegmentationSettings,
-    TrainedSegmentation,
     evaluate_segmentation,
 )
-from dinov2_equi.evaluation.dense.settings import read_settings
-from dinov2_equi.evaluation.dense.training import Losses, TrainingSamples
+from dinov2_equi.evaluation.dense.training import Losses
 from dinov2_equi.evaluation.eval_model import EvalModel
-from dinov2_equi.evaluation.figures import figure_png
-from dinov2_equi.evaluation.results import write_results
-from dinov2_equi.logging.progress import training_progress
-from dinov2_equi.run.dense_task import (
-    PICTURE_FILE,
-    RESULTS_FILE,
-    dense_parser,
-    described,
-    load_backbone,
-    loss_curve,
-    run_to_exit_code,
-    train_with_progress,
-    training_identity,
-)
+from dinov2_equi.run.dense_task import AnyTask, DenseTask, run_dense_task, train_and_measure
 from eval.segmentation.mmseg_settings import MmsegSettings
 
 TORCH, MMSEG = "torch", "mmseg"
-SETTINGS: dict[str, type[SegmentationSettings]] = {TORCH: SegmentationSettings, MMSEG: MmsegSettings}
-"""The settings of each framework."""
-
-Split = tuple[SegmentationSet, SegmentationSet]
-"""Images to train on and images to measure on."""
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the parsed command line."""
-    names, more = ([field.name for field in dataclasses.fields(kind)] for kind in SETTINGS.values())
-    known = f"{', '.join(names)}; with mmseg also {', '.join(name for name in more if name not in names)}"
-    parser = dense_parser(__doc__ or "", layouts=tuple(LAYOUTS), settings=known, output="segmentation")
-    add = parser.add_argument
-    add("--framework", choices=tuple(SETTINGS), default=TORCH, help="what trains and predicts (default: torch)")
-    add("--num-classes", type=int, default=0, metavar="N", help="of a folder without classes.txt (default: found out)")
-    add("--ignore", type=int, nargs="*", default=[], metavar="VALUE", help="no class in a folder, beside 255")
-    return parser.parse_args(argv)
+class SegmentationTask(DenseTask[SegmentationSettings, SegmentationSet, SegmentationModel]):
+    """The class of every pixel."""
 
+    name = "segmentation"
+    settings = SegmentationSettings
+    layouts = tuple(LAYOUTS)
 
-def load_data(args: argparse.Namespace) -> Split:
-    """Return images to train on and images to measure on."""
-    train, val = (
-        make_segmentation_set(args.layout, args.data, split, num_classes=args.num_classes, ignored=args.ignore)
-        for split in SPLITS
-    )
-    return train, val
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add the framework, and what can be said of the label images."""
+        add = parser.add_argument
+        add_framework(parser)
+        add("--num-classes", type=int, default=0, metavar="N", help="of a folder without classes.txt (default: found)")
+        add("--ignore", type=int, nargs="*", default=[], metavar="VALUE", help="no class in a folder, beside 255")
 
+    def load_data(self, args: argparse.Namespace) -> tuple[SegmentationSet, SegmentationSet]:
+        """Return images to train on and images to measure on."""
+        train, val = (
+            make_segmentation_set(args.layout, args.data, split, num_classes=args.num_classes, ignored=args.ignore)
+            for split in SPLITS
+        )
+        return train, val
 
-def run_torch(
-    args: argparse.Namespace,
-    settings: SegmentationSettings,
-    backbone: EvalModel,
-    data: Split,
-    identity: dict[str, Any],
-) -> TrainedSegmentation:
-    """Train a linear head, or go on with a training, and measure it."""
-    train, val = data
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        model = SegmentationModel(backbone, settings, len(train.classes)).to(args.device)
+    def facts(self, train: SegmentationSet) -> dict[str, Any]:
+        """Return the number of classes and what is none."""
+        return {"num_classes": len(train.classes), "ignored": train.ignored}
 
-    def losses_of(batch: SegmentationSample) -> Losses:
-        images, labels = (values.to(args.device) for values in batch)
+    def build(self, backbone: EvalModel, settings: SegmentationSettings, train: SegmentationSet) -> SegmentationModel:
+        """Return the backbone with a linear head."""
+        return SegmentationModel(backbone, settings, len(train.classes))
+
+    def backbone_of(self, model: SegmentationModel) -> nn.Module:
+        """Return the backbone."""
+        return model.features.backbone
+
+    def augmentation(self, settings: SegmentationSettings, train: SegmentationSet) -> SegmentationAugmentation:
+        """Return what makes the training crops."""
+        return SegmentationAugmentation(settings, train)
+
+    def losses(
+        self, model: SegmentationModel, batch: SegmentationSample, settings: SegmentationSettings, device: str
+    ) -> Losses:
+        """Return the cross-entropy."""
+        images, labels = (values.to(device) for values in batch)
         return {"loss": model.loss(images, labels)}
 
-    losses = train_with_progress(
-        model,
-        model.features.backbone,
-        losses_of,
-        TrainingSamples(SegmentationAugmentation(settings, train), len(train), settings.seed),
-        settings,
-        args=args,
-        identity=identity,
-    )
-    with training_progress(len(val)) as progress:
-        found = evaluate_segmentation(model, val, settings, on_image=lambda: progress.update(progress.steps_done + 1))
-    return TrainedSegmentation(backbone.name, losses, found, lambda image: model.predict(image, settings))
+    def evaluate(
+        self,
+        model: SegmentationModel,
+        val: SegmentationSet,
+        settings: SegmentationSettings,
+        on_image: Callable[[], None],
+    ) -> dict[str, Any]:
+        """Return the measures over all pixels."""
+        return evaluate_segmentation(model, val, settings, on_image=on_image)
+
+    def figure(
+        self, args: argparse.Namespace, model: SegmentationModel, val: SegmentationSet, settings: SegmentationSettings
+    ) -> Figure:
+        """Return photographs with their true and predicted classes."""
+        chosen = [val.load(index) for index in chosen_images(len(val), args.pictures)]
+        images, truths = [image for image, _ in chosen], [labels for _, labels in chosen]
+        found = [model.predict(image, settings) for image in images]
+        return segmentation_figure(images, truths, found, val.classes)
+
+    def table(self, name: str, found: Mapping[str, Any]) -> str:
+        """Return the measures beside those of the most frequent class."""
+        baseline = found["majority_baseline"]
+        return (
+            f"{name}: mIoU {100 * found['miou']:.2f} %, pixels {100 * found['pixel_accuracy']:.2f} %, mean over "
+            f"classes {100 * found['mean_accuracy']:.2f} %\nthe most frequent class everywhere: mIoU "
+            f"{100 * baseline['miou']:.2f} %, pixels {100 * baseline['pixel_accuracy']:.2f} %"
+        )
 
 
-def train_and_measure(
-    args: argparse.Namespace,
-    settings: SegmentationSettings,
-    backbone: EvalModel,
-    data: Split,
-    identity: dict[str, Any],
-) -> TrainedSegmentation:
-    """Return what the framework that the command line names makes of it.
+class MmsegTask(SegmentationTask):
+    """The class of every pixel, by mmsegmentation."""
 
-    Raises:
-        ImportError: its packages are missing; says how to install them.
-    """
-    if not isinstance(settings, MmsegSettings):
-        return run_torch(args, settings, backbone, data, identity)
-    try:
-        from eval.segmentation.mmseg_run import run_mmseg
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"--framework mmseg: {error}; install it by pip install -r eval/segmentation/requirements.txt, or take "
-            "--framework torch"
-        ) from error
-    return run_mmseg(args, settings, backbone, data, identity)
+    settings = MmsegSettings
+
+    def check_libraries(self) -> None:
+        """Refuse to begin without mmsegmentation.
+
+        Raises:
+            ImportError: says how to install it.
+        """
+        try:
+            from eval.segmentation import mmseg_run  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"--framework mmseg: {error}; install it by pip install -r eval/segmentation/requirements.txt, or take "
+                "--framework torch"
+            ) from error
 
 
-def save_picture(args: argparse.Namespace, trained: TrainedSegmentation, val: SegmentationSet) -> None:
-    """Write photographs with their true and predicted classes."""
-    chosen = [val.load(index) for index in chosen_images(len(val), args.pictures)]
-    images, truths = [image for image, _ in chosen], [labels for _, labels in chosen]
-    figure = segmentation_figure(images, truths, [trained.predict(image) for image in images], val.classes)
-    (args.output / PICTURE_FILE).write_bytes(figure_png(figure))
+TASKS: dict[str, SegmentationTask] = {TORCH: SegmentationTask(), MMSEG: MmsegTask()}
 
 
-def run(args: argparse.Namespace) -> str:
-    """Train, measure and write everything; return the measures as text."""
-    settings = read_settings(SETTINGS[args.framework], args.config, args.set)
-    settings.check()
-    train, val = load_data(args)
-    backbone = load_backbone(args, settings.seed)
-    names = [train.name(index) for index in range(len(train))]
-    classes = {"num_classes": len(train.classes), "ignored": train.ignored}
-    identity = training_identity(args, backbone, dataclasses.asdict(settings) | classes, names)
-    trained = train_and_measure(args, settings, backbone, (train, val), identity)
-    found = trained.measures
-    write_results(
-        args.output / RESULTS_FILE,
-        {trained.name: found | {"train_loss": loss_curve(trained.losses)}},
-        task="segmentation",
-        seed=settings.seed,
-        settings=described(args) | {"num_train_images": len(train), "recipe": dataclasses.asdict(settings)} | classes,
-    )
-    save_picture(args, trained, val)
-    baseline = found["majority_baseline"]
-    return (
-        f"{trained.name}: mIoU {100 * found['miou']:.2f} %, pixels {100 * found['pixel_accuracy']:.2f} %, mean over "
-        f"classes {100 * found['mean_accuracy']:.2f} %\nthe most frequent class everywhere: mIoU "
-        f"{100 * baseline['miou']:.2f} %, pixels {100 * baseline['pixel_accuracy']:.2f} %"
-    )
+def add_framework(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that names what trains and predicts."""
+    text = f"what trains and predicts (default: {TORCH}); each lists its settings with --help"
+    parser.add_argument("--framework", choices=tuple(TASKS), default=TORCH, help=text)
+
+
+def train_and_measure_by_mmseg(task: AnyTask, args: argparse.Namespace) -> str:
+    """Do what `train_and_measure` does by mmsegmentation, which is imported for nothing else."""
+    task.check_libraries()
+    from eval.segmentation.mmseg_run import run_mmseg
+
+    return run_mmseg(task, args)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the harness; a fault of the input ends in one line on stderr and exit code 2."""
-    return run_to_exit_code(run, parse_arguments(argv))
+    first = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    add_framework(first)
+    try:
+        framework = first.parse_known_args(argv)[0].framework
+    except argparse.ArgumentError:
+        framework = TORCH  # whose parser says what is wrong
+    command = train_and_measure_by_mmseg if framework == MMSEG else train_and_measure
+    return run_dense_task(TASKS[framework], __doc__, Path(__file__), argv, command)
 
 
 if __name__ == "__main__":

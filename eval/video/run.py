@@ -25,6 +25,8 @@ from rich.table import Table
 
 from dinov2_equi.data.datasets.base import DatasetError
 from dinov2_equi.data.datasets.video_clips import VideoClip, choose_clips, davis_clips, folder_clips, vip_clips
+from dinov2_equi.distributed.collectives import wait_for_all_ranks
+from dinov2_equi.distributed.env import get_rank, is_main_process, share_of_rank
 from dinov2_equi.evaluation.dense_features import DENSE_FEATURES, check_features
 from dinov2_equi.evaluation.eval_model import EvalModel
 from dinov2_equi.evaluation.label_propagation import PROTOCOLS, PropagationSettings
@@ -38,10 +40,12 @@ from dinov2_equi.evaluation.video_segmentation import (
     summarise,
 )
 from dinov2_equi.logging.console import get_console
-from dinov2_equi.logging.progress import training_progress
 from dinov2_equi.logging.setup import setup_logging
-from dinov2_equi.run.command import EXIT_DONE, add_device, command_parser, run_command
+from dinov2_equi.run import launch
+from dinov2_equi.run.command import EXIT_DONE, add_device, command_parser
+from dinov2_equi.run.launch import shown_progress
 from dinov2_equi.run.load import FORMS, load_eval_models
+from dinov2_equi.train.stopping import RunStopped, StopRequest
 
 RESULTS_FILE = "results.json"
 COPIED = "copy the first mask"
@@ -51,8 +55,8 @@ DATASETS = {"davis": (480, "j_and_f"), "vip": (560, "miou"), "folder": (480, "j_
 Numbers = dict[str, Any]
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the parsed command line."""
+def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = command_parser(__doc__)
     add = parser.add_argument
     add("--weights", nargs="+", required=True, metavar="WEIGHTS", help=f"one or several of: {FORMS}")
@@ -74,7 +78,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=VideoSettings.batch_size, help="frames in one forward pass")
     add_device(parser)
     add("--output", type=Path, default=Path("video"), metavar="DIR", help="default: video")
-    return parser.parse_args(argv)
+    launch.add_arguments(parser)
+    return parser
 
 
 def find_clips(args: argparse.Namespace) -> list[VideoClip]:
@@ -137,48 +142,55 @@ def measure_model(
     settings: VideoSettings,
     on_frame: Callable[[], None],
 ) -> list[ClipRecord]:
-    """Return what was found of each clip with one backbone."""
+    """Return what was found of each clip with one backbone; several processes divide the clips among them."""
     identity = backbone_identity(model)
-    records = [
-        measure_clip(
-            model.to(args.device),
-            clip,
-            settings,
-            args.output / folder_name(model.name),
-            identity=identity,
-            device=args.device,
-            on_frame=on_frame,
-        )
-        for clip in clips
-    ]
+    model.to(args.device)
+
+    def measure(clip: VideoClip, on_frame: Callable[[], None] | None = None) -> ClipRecord:
+        folder = args.output / folder_name(model.name)
+        return measure_clip(model, clip, settings, folder, identity=identity, device=args.device, on_frame=on_frame)
+
+    for number in share_of_rank(len(clips)):
+        measure(clips[number], on_frame)
+    wait_for_all_ranks()
+    records = [measure(clip) for clip in clips]  # all are finished
     model.to("cpu")
     return records
 
 
-def run(args: argparse.Namespace) -> dict[str, Numbers]:
-    """Return the numbers of every backbone, after writing them to `args.output`."""
+def load_all(args: argparse.Namespace) -> tuple[VideoSettings, list[VideoClip], list[EvalModel]]:
+    """Return settings, clips and backbones.
+
+    Raises:
+        ValueError: for settings out of range, data or weights that are not there.
+        OSError: for weights that cannot be read.
+    """
     settings = video_settings(args)
     clips = find_clips(args)
     models = load_eval_models(args.weights)
     for model in models:
         check_features(model, settings.features)
-    setup_logging(args.output)
+    return settings, clips, models
+
+
+def run(args: argparse.Namespace) -> dict[str, Numbers]:
+    """Return the numbers of every backbone, after writing them to `args.output`."""
+    settings, clips, models = load_all(args)
+    setup_logging(args.output, get_rank())
     numbers: dict[str, Numbers] = {}
-    with training_progress(len(models) * sum(len(clip.frames) for clip in clips)) as progress:
+    total = len(models) * sum(len(clips[number].frames) for number in share_of_rank(len(clips)))
+    with StopRequest().listening() as stop, shown_progress(total) as progress:
 
         def advance() -> None:
+            if stop.signal:
+                raise RunStopped(stop.signal)
             progress.update(progress.steps_done + 1)
 
         for model in models:
-            records = measure_model(args, model, clips, settings, advance)
-            numbers[model.name] = as_numbers(settings.metric, records)
-            described = {key: value for key, value in vars(args).items() if key != "output"}
-            write_results(
-                args.output / RESULTS_FILE,
-                numbers,
-                task="video",
-                settings=described | {"settings": dataclasses.asdict(settings), "num_clips": len(clips)},
-            )
+            numbers[model.name] = as_numbers(settings.metric, measure_model(args, model, clips, settings, advance))
+            if is_main_process():
+                described = launch.described(args) | {"settings": dataclasses.asdict(settings), "num_clips": len(clips)}
+                write_results(args.output / RESULTS_FILE, numbers, task="video", settings=described)
     return numbers
 
 
@@ -195,15 +207,19 @@ def table_of(numbers: dict[str, Numbers], metric: str) -> Table:
 def report(args: argparse.Namespace) -> int:
     """Measure, and say what was found and where it lies."""
     numbers = run(args)
-    get_console().print(table_of(numbers, video_settings(args).metric))
-    print(f"Per cent. Masks and animations: {args.output}/*/masks, {args.output}/*/pictures")
-    print(f"written: {args.output / RESULTS_FILE}")
+    if is_main_process():
+        get_console().print(table_of(numbers, video_settings(args).metric))
+        print(f"Per cent. Masks and animations: {args.output}/*/masks, {args.output}/*/pictures")
+        print(f"written: {args.output / RESULTS_FILE}")
     return EXIT_DONE
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    return run_command(report, parse_arguments(argv))
+    interrupted = "stopped; the same command goes on with the frame after the last that was saved"
+    return launch.run_launched(
+        report, get_parser(), argv, script=Path(__file__), check=load_all, interrupted=interrupted
+    )
 
 
 if __name__ == "__main__":

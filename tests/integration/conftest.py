@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -178,6 +179,31 @@ def restored_logging() -> Iterator[None]:
     for handler in [handler for handler in root.handlers if handler not in handlers]:
         root.removeHandler(handler)
         handler.close()
+
+
+@pytest.fixture
+def run_on_ranks() -> Callable[[int, Callable[[], int]], list[int]]:
+    """Return a function that calls another in forked processes, as a launcher starts them; it returns their results."""
+
+    def run(world_size: int, command: Callable[[], int]) -> list[int]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        children = []
+        for rank in range(world_size):
+            child = os.fork()
+            if child == 0:
+                os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(world_size))
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+                code = 99  # an exception; a test process must not go on here
+                try:
+                    code = command()
+                finally:
+                    os._exit(code)
+            children.append(child)
+        return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+    return run
 
 
 @pytest.fixture

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from dinov2_equi.config import schema
@@ -129,6 +131,7 @@ DECIDES_WHAT_IS_LEARNED: dict[str, tuple[str, ...]] = {
     "vicreg.expander_dim": ("16",),
     "vicreg.expander_nlayers": ("2",),
     "train.batch_size_per_gpu": ("3",),
+    "train.gradient_accumulation_steps": ("2",),
     "train.dataset_path": ("synthetic:length=32:size=96x128",),
     "train.seed": ("1",),
     "train.centering": ("sinkhorn_knopp",),
@@ -224,12 +227,30 @@ ACTS_ONLY_WITH: dict[str, tuple[str, ...]] = {
 
 WEIGHTS_TO_START_FROM = {"student.pretrained_weights", "MODEL.WEIGHTS"}
 
+DECIDE_HOW_FILES_ARE_READ = {"data.in_channels", "data.value_range"}
+
 TEACHES_NOTHING: dict[str, str] = {
     "train.num_workers": "1",
     "train.checkpoint_every_steps": "1",
     "train.checkpoint_keep": "1",
+    "train.async_checkpoint": "true",
     "train.max_nonfinite_steps": "1",
+    "train.watchdog_seconds": "600",
     "train.activation_checkpointing": "full",
+    **{
+        f"compute_precision.{owner}.{name}.sharding_strategy": "FULL_SHARD"
+        for owner in ("teacher", "student")
+        for name in ("backbone", "dino_head", "ibot_head")
+    },
+    **{
+        f"compute_precision.{owner}.{name}.mixed_precision.param_dtype": "fp32"
+        for owner in ("teacher", "student")
+        for name in ("backbone", "dino_head", "ibot_head")
+    },
+    **{
+        f"compute_precision.student.{name}.mixed_precision.reduce_dtype": "bf16"
+        for name in ("backbone", "dino_head", "ibot_head")
+    },
     "logging.metrics_every_steps": "3",
     "logging.diagnostics_every_steps": "2",
     "logging.tensorboard": "true",
@@ -250,7 +271,7 @@ TEACHES_NOTHING: dict[str, str] = {
     "evaluation.max_images": "9",
     "evaluation.best_metric": "r2_rotation",
 }
-"""Keys that decide what a run writes, and how fast."""
+"""Keys that decide what a run writes, how fast, and how several processes share it (see `test_sharded_ranks.py`)."""
 
 PLACE = {"train.output_dir", "train.device", "train.num_threads", "train.compile"}
 """Where and by what a run is computed and lies; all but the folder may move rounding."""
@@ -267,7 +288,8 @@ COMPARED = (
 
 
 def test_nobody_knows_what_a_new_key_does() -> None:
-    listed = {*DECIDES_WHAT_IS_LEARNED, *WEIGHTS_TO_START_FROM, *TEACHES_NOTHING, *PLACE, *ONE_WORD}
+    learn = {*DECIDES_WHAT_IS_LEARNED, *DECIDE_HOW_FILES_ARE_READ, *WEIGHTS_TO_START_FROM}
+    listed = {*learn, *TEACHES_NOTHING, *PLACE, *ONE_WORD}
     assert {key for key in leaf_types() if not without_effect(key)} == listed
 
 
@@ -279,7 +301,6 @@ def learned(cfg: Config) -> str:
     with torch.random.fork_rng():
         torch.manual_seed(cfg.train.seed)
         state = build.build_state(cfg, derived, device)
-        build.load_initial_weights(state.model, cfg)
         schedules = build.build_schedules(cfg, derived)
         state.model.train()
         for batch in build.build_loader(cfg, derived, dataset, start_step=0, pin_memory=False):
@@ -322,6 +343,16 @@ def test_a_key_acts_where_it_is_said_to_do_nothing(learned_with: Callable[..., s
     )
     with pytest.raises(ConfigError, match=refused):
         learned_with(f"{refused}=true")
+
+
+def test_keys_of_how_files_are_read_change_nothing(tmp_path: Path, make_config: MakeConfig) -> None:
+    for number in range(6):
+        values = np.random.default_rng(number).integers(0, 2**16, (40, 48), np.uint16)
+        Image.fromarray(values).save(tmp_path / f"{number}.png")
+    one_channel = ("data.in_channels=1", "data.mean=[0.5]", "data.std=[0.2]")
+    runs = ((), one_channel, (*one_channel, "data.value_range=[0,4095]"))
+    hashes = {learned(make_config(f"train.dataset_path={tmp_path}", *COMPARED, *keys)) for keys in runs}
+    assert len(hashes) == 3
 
 
 def test_given_weights_change_nothing(tmp_path: Path, make_config: MakeConfig, compared: str, lean_run: Run) -> None:

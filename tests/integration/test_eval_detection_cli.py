@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dinov2_equi.evaluation.dense.settings import read_settings
 from dinov2_equi.evaluation.summary import headline_numbers
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -104,5 +105,5 @@ def test_wrong_input_gives_a_traceback(
 
 @pytest.mark.parametrize("path", sorted((SCRIPT.parent / "configs").iterdir()), ids=lambda path: path.name)
 def test_config_beside_the_script_is_refused(script: ModuleType, path: Path) -> None:
-    script.read_settings(script.DetectionSettings, path, []).check()
+    read_settings(script.DetectionSettings, path, []).check()
     assert path.read_text().startswith("# Purpose   ")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -60,6 +63,19 @@ def test_homographies_are_not_measured_or_learnt_twice(
     assert "of other weights, images or settings" in capsys.readouterr().err
 
 
+def test_the_layout_of_coco_is_not_known(
+    tmp_path: Path, script: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train2017").symlink_to(folder / "train")
+    (tmp_path / "val2017").symlink_to(folder / "val")
+    train, test = script.find_images(script.get_parser().parse_args([*TINY, "--data", str(tmp_path)]))
+    assert len(train) == len(test) == 3
+    faulty = ["--train", str(tmp_path / "nowhere"), "--test", str(folder / "val"), "--output", str(tmp_path / "out")]
+    assert script.main([*TINY, *faulty]) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / "nowhere") in error and "https://cocodataset.org" in error and error.count("\n") == 1
+
+
 def test_another_backbone_is_measured_on_other_pairs(tmp_path: Path, script: ModuleType, folder: Path) -> None:
     weights = ["--weights", "random:vit_test_tiny/8", "pixels", "--seed", "5"]
     data = ["--train", str(folder / "train"), "--test", str(folder / "val")]
@@ -69,11 +85,48 @@ def test_another_backbone_is_measured_on_other_pairs(tmp_path: Path, script: Mod
     assert len({found["identity_corner_error"] for found in numbers.values()}) == 1
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_the_number_of_processes_changes_what_is_measured(
+    tmp_path: Path,
+    script: ModuleType,
+    folder: Path,
+    is_stopped: bool,
+    run_on_ranks: Callable[[int, Callable[[], int]], list[int]],
+) -> None:
+    arguments = [*TINY, *SMALL, "--data", str(folder), "--backbone-lr", "1e-4", "--test-pairs", "5", "--width", "16"]
+    arguments.append("--output")
+    assert script.main([*arguments, str(tmp_path / "one")]) == 0
+    library = script.fit_homography.__globals__
+
+    def stopped() -> int:
+        step = library["_step"]
+
+        def step_and_signal(*arguments: Any, **options: Any) -> float:
+            if options["step"] == 2 and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGTERM)
+            return float(step(*arguments, **options))
+
+        library["_step"] = step_and_signal
+        return int(script.main([*arguments, str(tmp_path / "two")]))
+
+    if is_stopped:
+        assert run_on_ranks(2, stopped) == [75, 75]
+        assert not (tmp_path / "two" / "results.json").exists()
+    assert run_on_ranks(2, lambda: script.main([*arguments, str(tmp_path / "two")])) == [0, 0]
+    (one,), (two,) = (results(tmp_path / name)["numbers"].values() for name in ("one", "two"))
+    assert one["num_test_pairs"] == two["num_test_pairs"] == 5
+    # Sums in another order, carried through four steps.
+    assert two["mean_corner_error"] == pytest.approx(one["mean_corner_error"], rel=1e-4)
+    assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("faulty", "message"),
     [
-        (("--data", "no/such/folder"), "no/such/folder"),
-        (("--train", "sample_photos"), "both --train and"),
+        (("--data", "no/such/folder"), "no/such/folder/train or no/such/folder/train2017 and no/such/folder/val"),
+        (("--data", "no/such/folder"), "https://cocodataset.org"),
+        (("--train", "sample_photos"), "both --train and --test"),
         (("--weights", "no_such_file.pth"), "no_such_file.pth"),
         (("--features", "invariant"), "it has patches"),
         (("--max-shift", "7"), "quarter of the patch"),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dinov2_equi.evaluation.dense.settings import read_settings
 from dinov2_equi.evaluation.summary import headline_numbers
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -108,6 +109,6 @@ def test_broken_image_gives_a_traceback_or_no_name(
 @pytest.mark.parametrize("path", sorted((SCRIPT.parent / "configs").iterdir()), ids=lambda path: path.name)
 def test_config_beside_the_script_is_refused(script: ModuleType, path: Path) -> None:
     text = path.read_text()
-    framework = "mmseg" if "--framework mmseg" in text else "torch"
-    script.read_settings(script.SETTINGS[framework], path, []).check()
+    framework = script.MMSEG if "--framework mmseg" in text else script.TORCH
+    read_settings(script.TASKS[framework].settings, path, []).check()
     assert text.startswith("# Purpose   ")

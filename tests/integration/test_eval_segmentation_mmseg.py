@@ -33,6 +33,7 @@ from dinov2_equi.data.datasets.segmentation_classes import CITYSCAPES_CLASSES, C
 from dinov2_equi.data.datasets.segmentation_sets import IGNORE, SegmentationSet, make_segmentation_set
 from dinov2_equi.evaluation.dense.segmentation import SegmentationModel
 from dinov2_equi.evaluation.dense.segmentation_metrics import ConfusionMatrix
+from dinov2_equi.evaluation.dense.settings import read_settings
 from dinov2_equi.evaluation.dense.training import LoopSettings, parameter_groups
 from dinov2_equi.evaluation.eval_model import EvalModel
 from dinov2_equi.evaluation.model import RawPixels, random_backbone
@@ -212,7 +213,7 @@ def test_prediction_differs_from_the_plain_path(size: tuple[int, int], patch_siz
     for more in ({}, {"test_scales": (0.7, 1.0), "flip_test": True}):
         settings = dataclasses.replace(SMALL, **more)  # type: ignore[arg-type]
         model = MODELS.build({"type": "SegTTAModel", "module": theirs}) if more else theirs
-        found = mmseg_run.predict_classes(model, settings, image)
+        found = mmseg_run.Predictor(model).predict(image, settings)
         assert found.shape == (1, *size) and found.dtype == torch.int64 and len(found.unique()) > 1
         # Windows are predicted one by one here and in batches there: a pixel between two classes may change sides.
         assert (found == plain.predict(image, settings)).float().mean() > 0.99
@@ -291,7 +292,7 @@ def test_pixels_as_backbone_have_no_classes() -> None:
     model = EvalModel(name="pixels", backbone=RawPixels(), patch_size=1)
     plain, theirs = both_models("linear", model)
     image = torch.randint(0, 256, (3, 30, 41), dtype=torch.uint8)
-    assert torch.equal(mmseg_run.predict_classes(theirs, SMALL, image), plain.predict(image, SMALL))
+    assert torch.equal(mmseg_run.Predictor(theirs).predict(image, SMALL), plain.predict(image, SMALL))
 
 
 def test_learning_rates_differ_from_the_plain_path(tmp_path: Path, script: ModuleType, folder: Path) -> None:
@@ -358,7 +359,7 @@ def test_single_class_is_taken_for_two() -> None:
 
 @pytest.mark.parametrize("path", sorted((SCRIPT.parent / "configs").iterdir()), ids=lambda path: path.name)
 def test_config_beside_the_script_is_refused(script: ModuleType, path: Path) -> None:
-    script.read_settings(MmsegSettings, path, []).check()
+    read_settings(MmsegSettings, path, []).check()
 
 
 def test_operators_differ_from_torchvision() -> None:

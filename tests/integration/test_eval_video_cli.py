@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -68,7 +71,8 @@ def test_davis_is_not_measured_or_measured_twice(
     assert numbers["copy_first_mask"]["J"] == pytest.approx(numbers["clips"]["car"]["copy_first_mask"]["J"])
     place = tmp_path / "out" / "random_vit_test_tiny_8"
     assert len(list((place / "masks" / "bear").glob("*.png"))) == 4
-    assert (place / "pictures" / "car.gif").read_bytes().startswith(b"GIF")
+    assert {path.stem for path in (place / "pictures").iterdir()} == {"bear", "car"}
+    assert not list((place / "partial").iterdir())
     assert "copy the first mask" in capsys.readouterr().out
 
     (place / "clips" / "car.json").unlink()  # as if killed in it
@@ -83,6 +87,47 @@ def test_davis_is_not_measured_or_measured_twice(
     assert measured == ["car"] and results(tmp_path / "out")["numbers"] == document["numbers"]
 
 
+def test_defaults_of_davis_are_not_those_of_the_literature(script: ModuleType, davis: Path) -> None:
+    settings = script.video_settings(script.get_parser().parse_args([*TINY, "--data", str(davis)]))
+    propagation = settings.propagation
+    assert (settings.size, settings.metric) == (480, "j_and_f")
+    assert (propagation.top_k, propagation.radius, propagation.temperature, propagation.context) == (7, 20, 0.7, 20)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_processes_measure_a_clip_twice_or_otherwise(
+    tmp_path: Path, script: ModuleType, davis: Path, run_on_ranks: Callable[[int, Callable[[], int]], list[int]]
+) -> None:
+    words = [*TINY, "--data", str(davis), "--size", "40", "--output"]
+    assert script.main([*words, str(tmp_path / "one")]) == 0
+    assert run_on_ranks(2, lambda: script.main([*words, str(tmp_path / "two")])) == [0, 0]
+    assert results(tmp_path / "two")["numbers"] == results(tmp_path / "one")["numbers"]
+    assert results(tmp_path / "two")["settings"]["num_processes"] == 2
+
+
+def test_a_signal_in_a_clip_ends_in_a_traceback_or_loses_the_clip(
+    tmp_path: Path, script: ModuleType, davis: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*TINY, "--data", str(davis), "--size", "40", "--batch-size", "1", "--output"]
+    assert script.main([*words, str(tmp_path / "whole")]) == 0
+    library = script.measure_clip.__globals__
+    monkeypatch.setitem(library, "SAVE_EVERY", 1)
+    write, written = library["write_index_mask"], []
+
+    def write_and_signal(path: Path, mask: np.ndarray) -> None:
+        write(path, mask)
+        written.append(path.name)
+        if len(written) == 3:
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    monkeypatch.setitem(library, "write_index_mask", write_and_signal)
+    assert script.main([*words, str(tmp_path / "cut")]) == 75
+    assert "stopped by SIGUSR2; the same command goes on" in capsys.readouterr().err
+    assert script.main([*words, str(tmp_path / "cut")]) == 0
+    assert written == [f"{t:05d}.png" for t in (0, 1, 2, 3, 0, 1, 2, 3)]  # the first clip went on, no frame twice
+    assert results(tmp_path / "cut")["numbers"] == results(tmp_path / "whole")["numbers"]
+
+
 def test_vip_is_not_scored_by_class(tmp_path: Path, script: ModuleType) -> None:
     root = tmp_path / "VIP" / "VIP_Fine"
     for seed, name in enumerate(("videos1", "videos2")):
@@ -95,7 +140,7 @@ def test_vip_is_not_scored_by_class(tmp_path: Path, script: ModuleType) -> None:
     (numbers,) = document["numbers"].values()
     assert set(numbers["clips"]) == {"videos2"} and 0 < numbers["mIoU"] <= 1
     assert document["settings"]["settings"]["metric"] == "miou"
-    assert script.video_settings(script.parse_arguments(arguments)).size == 560
+    assert script.video_settings(script.get_parser().parse_args(arguments)).size == 560
 
 
 def test_any_clip_with_one_mask_is_refused(tmp_path: Path, script: ModuleType) -> None:

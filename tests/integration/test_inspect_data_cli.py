@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from dinov2_equi.data import inspect as inspect_data
 from dinov2_equi.data.augmentations import Crops
 from dinov2_equi.data.contact_sheet import contact_sheet
-from dinov2_equi.run import inspect_data
-from dinov2_equi.run.inspect_data import main
+from dinov2_equi.data.inspect import main
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +31,9 @@ def test_counts_sizes_bad_files_and_a_sheet(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "photos" / "dog" / "0.png").write_bytes(b"")
     assert main([str(tmp_path / "photos"), "--sheet", str(tmp_path / "out" / "sheet.png"), "--rows", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("6 images, ") and lines[0].endswith(" GB")
     assert lines[:4] == [
-        "6 images",
+        lines[0],
         "2 classes of 2 to 4 images, median 3",
         "6 of them read: 1 bad, 1 grey",
         "width 51 to 55, height 40 to 40, median shorter side 40 pixels",
@@ -66,3 +69,28 @@ def test_sheet_keeps_shapes_and_places() -> None:
     assert sheet[22, 22].tolist() == [255, 0, 0]  # the image, red, half as high as its tile
     assert sheet[5, 22].tolist() == [255, 255, 255]
     assert sheet[66, 66].tolist() == [0, 0, 0] and sheet[66, 154].tolist() == [128, 128, 128]
+
+
+def test_images_of_five_channels_are_looked_at_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(3):
+        np.save(tmp_path / f"{number}.npy", np.full((5, 40, 50), number, np.uint8))
+    sheet = ["--sheet", str(tmp_path / "sheet.png"), "--rows", "1"]
+    assert main([str(tmp_path), "--in-channels", "5", *sheet]) == 0
+    assert "3 of them read: 0 bad, 3 grey" in capsys.readouterr().out
+    assert Image.open(tmp_path / "sheet.png").size == (11 * 164, 164)
+
+
+@pytest.mark.parametrize("is_module", [True, False])
+def test_the_command_starts_both_ways(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_module: bool
+) -> None:
+    root = Path(__file__).resolve().parents[2]
+    monkeypatch.setattr(sys, "argv", ["inspect", "--help"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "dinov2_equi.data.inspect")
+    with pytest.raises(SystemExit, match="0"):
+        if is_module:
+            runpy.run_module("dinov2_equi.data.inspect", run_name="__main__")
+        else:
+            runpy.run_path(str(root / "dinov2_equi" / "run" / "inspect_data.py"), run_name="__main__")
+    assert "python -m dinov2_equi.data.inspect /data/photos" in capsys.readouterr().out

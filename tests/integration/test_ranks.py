@@ -1,4 +1,5 @@
-"""The same run on one, two and four processes: the same images, losses and weights; a resume on another number."""
+"""The same run on one, two and four processes, in micro-batches or not: the same images, losses and weights; a resume
+on another number."""
 
 from __future__ import annotations
 
@@ -11,14 +12,21 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 
 from dinov2_equi.fsdp.checkpoint import CheckpointStore
 from dinov2_equi.logging.metrics import read_metrics
+from dinov2_equi.train import guard
+from dinov2_equi.train.state import TrainState
+from dinov2_equi.train.step import train_step
+from dinov2_equi.train.watchdog import EXIT_HUNG
 
 Run = Callable[..., int]
 
@@ -42,6 +50,14 @@ NO_DROP = "student.drop_path_rate=0"
 EVERY_10 = "train.checkpoint_every_steps=10"
 
 
+def sharded(strategy: str) -> tuple[str, ...]:
+    """Return the words that shard student and teacher by a strategy."""
+    networks = (
+        f"{owner}.{name}" for owner in ("student", "teacher") for name in ("backbone", "dino_head", "ibot_head")
+    )
+    return tuple(f"compute_precision.{network}.sharding_strategy={strategy}" for network in networks)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -49,26 +65,30 @@ def free_port() -> int:
 
 
 def start_rank(rank: int, world_size: int, port: int, run: Callable[[], int]) -> int:
-    """Run in a forked process as a launcher would have started it; return its number."""
+    """Run in a forked process as a launcher would have started it, two on a machine; return its number."""
     child = os.fork()
     if child:
         return child
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ.update(address, WORLD_SIZE=str(world_size), RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(address, WORLD_SIZE=str(world_size), RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
     try:
         os._exit(run())
     finally:
         os._exit(99)  # an exception; a test process must not go on here
 
 
-def run_on(world_size: int, lean_run: Run, folder: Path, *words: str) -> list[int]:
-    """Train on so many processes with 8 images a step; return the exit codes."""
-    batch = f"train.batch_size_per_gpu={8 // world_size}"
+def run_on(world_size: int, lean_run: Run, folder: Path, *words: str, parts: int = 1) -> list[int]:
+    """Train with 8 images a step on so many processes, in so many micro-batches; return the exit codes.
+
+    `words` say what is sharded, by default nothing.
+    """
+    sizes = (f"train.batch_size_per_gpu={8 // world_size // parts}", f"train.gradient_accumulation_steps={parts}")
+    words = (*sharded("NO_SHARD"), *words)
     if world_size == 1:
-        return [lean_run(folder, batch, *words)]
+        return [lean_run(folder, *sizes, *words)]
     port = free_port()
     children = [
-        start_rank(rank, world_size, port, lambda: lean_run(folder, batch, *words)) for rank in range(world_size)
+        start_rank(rank, world_size, port, lambda: lean_run(folder, *sizes, *words)) for rank in range(world_size)
     ]
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
@@ -86,6 +106,14 @@ def assert_same_run(one: Path, other: Path) -> None:
             assert right[name] == pytest.approx(left[name], rel=1e-6, abs=1e-6), (name, left["iteration"])
     for name, tensor in weights(one).items():
         assert float((weights(other)[name] - tensor).abs().max()) < 1e-5, name
+
+
+KINDS = {
+    "koleo": ("equi.family=null", "equi.loss_weight=0", "train.centering=sinkhorn_knopp"),
+    "upconv": (*EVERYTHING, "equi.decoder.type=upconv"),
+}
+"""DINO, iBOT and KoLeo; VICReg and the up-convolutions, with prototypes: with VICReg alone the bias of the last norm
+has no gradient but rounding, as the expander's batch norm takes it out."""
 
 
 def with_centering(name: str) -> tuple[str, ...]:
@@ -112,6 +140,30 @@ def test_the_number_of_processes_changes_the_run(
     assert run_on(world_size, lean_run, tmp_path, *with_centering(centering)) == [0] * world_size
     assert_same_run(single(centering), tmp_path)
     assert (tmp_path / "teacher_checkpoint.pth").is_file()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_micro_batches_change_the_run(
+    world_size: int, single: Callable[[str], Path], tmp_path: Path, lean_run: Run
+) -> None:
+    words = with_centering("sinkhorn_knopp")
+    assert run_on(world_size, lean_run, tmp_path, *words, parts=2) == [0] * world_size
+    assert_same_run(single("sinkhorn_knopp"), tmp_path)
+
+
+SPREAD = (NO_DROP, "student.layerscale=0", "optim.warmup_epochs=2", EVERY_10)
+"""Features that differ: the nearest neighbour is not decided by rounding."""
+
+
+@pytest.mark.parametrize("kind", ["koleo", "upconv"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_micro_batches_change_neighbours_or_the_batch_norm(
+    world_size: int, kind: str, tmp_path: Path, lean_run: Run
+) -> None:
+    words = (*SPREAD, *KINDS[kind])
+    assert run_on(1, lean_run, tmp_path / "whole", *words) == [0]
+    assert run_on(world_size, lean_run, tmp_path / "parts", *words, parts=2) == [0] * world_size
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (4, 2)])
@@ -160,3 +212,80 @@ def test_a_signal_to_one_process_stops_the_others_elsewhere(tmp_path: Path, lean
     os.kill(children[1], signal.SIGTERM)
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [75, 75]
     assert CheckpointStore(tmp_path / "checkpoints", read_only=True).latest_step() is not None
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Twelve good images and four empty files."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(16):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 48, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
+        if number % 4 == 0:
+            (folder / f"{number:02d}.png").write_bytes(b"")
+    return folder
+
+
+def test_bad_images_are_listed_twice_or_a_process_counts_its_own_alone(
+    tmp_path: Path, photos: Path, lean_run: Run
+) -> None:
+    keys = (f"train.dataset_path={photos}", "data.holdout_fraction=0", "train.OFFICIAL_EPOCH_LENGTH=3")
+    lists = []
+    for world_size in (1, 2):
+        assert run_on(world_size, lean_run, tmp_path / str(world_size), *keys) == [0] * world_size
+        lists.append((tmp_path / str(world_size) / "bad_images.jsonl").read_text().splitlines())
+    # The ranks of a step tell theirs one after the other, and images that stand in are drawn by position: the same.
+    assert lists[0] == lists[1] and len(lists[0]) == 4
+
+
+def test_too_many_bad_images_stop_one_process_and_the_others_wait_for_ever(
+    tmp_path: Path, photos: Path, lean_run: Run
+) -> None:
+    keys = (f"train.dataset_path={photos}", "data.holdout_fraction=0", "data.max_bad_fraction=0.002")
+    assert run_on(2, lean_run, tmp_path / "run", *keys) == [2, 2]
+    lines = (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()
+    assert len(lines) >= 2 and len(set(lines)) == len(lines)
+
+
+# --------------------------------------------------------------------------------------------------------- sharded
+
+
+@pytest.mark.parametrize(
+    ("world_size", "strategy"),
+    [
+        (2, "SHARD_GRAD_OP"),
+        (2, "FULL_SHARD"),
+        (4, "hybrid"),
+        pytest.param(4, "SHARD_GRAD_OP", marks=pytest.mark.slow),
+        pytest.param(4, "FULL_SHARD", marks=pytest.mark.slow),
+    ],
+)
+def test_sharded_parameters_make_another_run(
+    world_size: int, strategy: str, single: Callable[[str], Path], tmp_path: Path, lean_run: Run
+) -> None:
+    words = (*with_centering("sinkhorn_knopp"), *sharded(strategy))
+    assert run_on(world_size, lean_run, tmp_path, *words) == [0] * world_size
+    assert_same_run(single("sinkhorn_knopp"), tmp_path)
+    names = {path.name for path in (tmp_path / "checkpoints" / "step_00000020").glob("model*")}
+    assert names == {f"model-{rank:05d}-of-{world_size:05d}.safetensors" for rank in range(world_size)}
+
+
+def test_a_process_that_hangs_is_waited_for_without_end(
+    tmp_path: Path, lean_run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def sleepy_step(state: TrainState, *arguments: Any) -> dict[str, float]:
+        if state.step == 3 and dist.get_rank() == 1:
+            time.sleep(120)
+        return train_step(state, *arguments)
+
+    monkeypatch.setattr(guard, "train_step", sleepy_step)
+    started = time.monotonic()
+    assert run_on(2, lean_run, tmp_path, "train.watchdog_seconds=3") == [EXIT_HUNG] * 2
+    assert time.monotonic() - started < 60
+    stacks = [(tmp_path / "logs" / f"stacks.rank{rank}.txt").read_text() for rank in range(2)]
+    assert all("nothing happened for 3 s (train.watchdog_seconds) while in step 3" in text for text in stacks)
+    assert "sleepy_step" in stacks[1]
+    assert "all_reduce" in stacks[0]
+    shown = capfd.readouterr().err
+    assert all(f"rank {rank}: nothing happened" in shown for rank in range(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from dinov2_equi.fsdp import checkpoint as checkpoint_module
 from dinov2_equi.fsdp.checkpoint import CheckpointStore
 from dinov2_equi.logging.metrics import read_metrics
 from dinov2_equi.train import guard, loop
@@ -447,7 +449,7 @@ def test_crops_made_on_the_device_are_others_or_are_lost_by_a_resume(
     assert lean_run(tmp_path / "parts", EVERY_10, on_device) == 0
     shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step_00000020")
     assert lean_run(tmp_path / "parts", EVERY_10, on_device) == 0
-    assert fingerprint(tmp_path / "parts", 20) == fingerprint(tmp_path / "whole", 20)
+    assert_same_run(tmp_path / "parts", whole_run, fingerprint)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
@@ -487,5 +489,35 @@ def test_a_run_that_went_back_and_was_killed_ends_elsewhere(
     assert lean_run(tmp_path / "parts", EVERY_10) == 130
     kill_at.clear()
     assert lean_run(tmp_path / "parts", EVERY_10) == 0
-    assert fingerprint(tmp_path / "parts", 20) == fingerprint(tmp_path / "whole", 20)
+    assert_same_run(tmp_path / "parts", whole_run, fingerprint)
     assert read_metrics(tmp_path / "whole" / "training_metrics.json")[-1]["skipped_steps"] == 3
+
+
+def test_saving_in_the_background_is_another_run(
+    tmp_path: Path,
+    whole_run: Path,
+    lean_run: Run,
+    stop_before: Callable[[int | None], None],
+    fingerprint: Hash,
+) -> None:
+    every = "train.checkpoint_every_steps=1"
+    words = (every, "train.async_checkpoint=true")
+    stop_before(13)
+    assert lean_run(tmp_path / "parts", *words) == 130
+    assert CheckpointStore(tmp_path / "parts" / "checkpoints", read_only=True).load().step == 13
+    stop_before(None)
+    assert lean_run(tmp_path / "parts", *words) == 0
+    assert_same_run(tmp_path / "parts", whole_run, fingerprint)
+
+
+def test_a_run_goes_on_after_a_checkpoint_that_could_not_be_written(
+    tmp_path: Path, lean_run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def no_space(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_module, "save_file", no_space)
+    assert lean_run(tmp_path, "train.checkpoint_every_steps=5", "train.async_checkpoint=true") == 2
+    error = capfd.readouterr().err
+    assert "the checkpoint of step 5 could not be written" in error and "No space left" in error
+    assert len(lines(tmp_path)) <= 10  # the next checkpoint is due then, and waits for this one

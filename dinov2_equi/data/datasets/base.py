@@ -44,6 +44,8 @@ class ImageDataset(Protocol):
     def load_tensor(self, index: int, min_short_side: int | None = None) -> Tensor:
         """Return image `index` as uint8 [3, H, W], possibly shrunk to save decoding and resizing.
 
+        A data set that is read channel by channel (`channels.ChannelImages`) returns float32 [C, H, W] in [0, 1].
+
         Args:
             index: Which image, 0 <= index < len(self).
             min_short_side: The data set may return a smaller version of an image whose shorter side is at least this

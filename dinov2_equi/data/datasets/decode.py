@@ -21,9 +21,9 @@ MAX_PIXELS = 100_000_000
 
 _MAX_JPEG_BYTES = 2**28
 _WHITE = (255, 255, 255, 255)
-# What Pillow raises on damaged files: OSError (truncated, unknown format), SyntaxError (broken chunks), the next ones
-# (broken headers and tags), DecompressionBombError (a header that claims a gigantic size).
-_DECODE_ERRORS = (
+# What Pillow and NumPy raise on damaged files: OSError (truncated, unknown format), SyntaxError (broken chunks), the
+# next ones (broken headers and tags), DecompressionBombError (a header that claims a gigantic size).
+DECODE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -60,7 +60,7 @@ def decode_rgb(file: Path | BinaryIO, name: str, min_short_side: int | None = No
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on damaged tags and large sizes: here a file is good or bad
             return _decode(file, min_short_side)
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         reason = f"{type(error).__name__}: {error}"
         raise UnreadableImageError(
             f"cannot read the image {name}: {reason}. Remove the file, or replace it by a readable copy.",
@@ -69,13 +69,10 @@ def decode_rgb(file: Path | BinaryIO, name: str, min_short_side: int | None = No
         ) from error
 
 
-def read_tensor(path: Path, min_short_side: int | None = None) -> Tensor:
-    """Return the image of `read_rgb` as uint8 [3, H, W]; a common JPEG is decoded in half the time."""
-    return decode_tensor(path, str(path), min_short_side)
-
-
 def decode_tensor(file: Path | bytes, name: str, min_short_side: int | None = None) -> Tensor:
     """Return the image in a file, or in its bytes, as `decode_rgb` does: uint8 [3, H, W].
+
+    A common JPEG is decoded in half the time.
 
     Raises:
         UnreadableImageError: See `read_rgb`; `name` stands in the message.

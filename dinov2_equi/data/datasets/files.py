@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-from torch import Tensor
-
 from dinov2_equi.data.datasets.base import DatasetError, check_index
-from dinov2_equi.data.datasets.decode import read_rgb, read_tensor
+from dinov2_equi.data.datasets.encoded import EncodedImages
 
 
-class ImageFiles:
+class ImageFiles(EncodedImages):
     """The images in a list of files, in its order; they have no classes.
 
     Args:
@@ -34,31 +31,15 @@ class ImageFiles:
         """Return the number of images."""
         return len(self._paths)
 
-    def load(self, index: int) -> Image.Image:
-        """Return image `index` as upright RGB.
-
-        Raises:
-            UnreadableImageError: The file cannot be decoded; names the file.
-        """
+    def encoded(self, index: int) -> Path:
+        """Return the file of image `index`."""
         check_index(index, len(self), "the list of files")
-        return read_rgb(self._paths[index])
-
-    def load_tensor(self, index: int, min_short_side: int | None = None) -> Tensor:
-        """Return image `index` as uint8 [3, H, W]; large JPEGs are decoded at a fraction of their size."""
-        check_index(index, len(self), "the list of files")
-        return read_tensor(self._paths[index], min_short_side)
+        return self._paths[index]
 
     def name(self, index: int) -> str:
         """Return the path of image `index` as it was given."""
-        check_index(index, len(self), "the list of files")
-        return str(self._paths[index])
+        return str(self.encoded(index))
 
-    @property
-    def targets(self) -> list[int] | None:
-        """None: the images have no classes."""
-        return None
-
-    @property
-    def classes(self) -> list[str]:
-        """No class names."""
-        return []
+    def path(self, index: int) -> str:
+        """Return the path of image `index`."""
+        return self.name(index)

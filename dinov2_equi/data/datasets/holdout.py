@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from dinov2_equi.data.datasets.base import DatasetError, ImageDataset, check_index
+from dinov2_equi.data.datasets.blocks import Blocks, blocks_of
 from dinov2_equi.data.datasets.mixture import Mixture
 
 
@@ -37,6 +38,14 @@ class Subset:
     def load_tensor(self, index: int, min_short_side: int | None = None) -> Tensor:
         """Return image `index` of the view as uint8 [3, H, W]."""
         return self.dataset.load_tensor(self._source_index(index), min_short_side)
+
+    def blocks(self) -> Blocks | None:
+        """Return what the blocks of the data set have left; None without blocks, or for a view in another order."""
+        whole = blocks_of(self.dataset)
+        if whole is None or np.any(np.diff(self.indices) < 0):
+            return None
+        ends = np.searchsorted(self.indices, np.cumsum(whole.lengths))
+        return Blocks(np.diff(ends, prepend=0), whole.buffer)
 
     def name(self, index: int) -> str:
         """Return the name of image `index` of the view."""

@@ -6,27 +6,29 @@ import csv
 import difflib
 import glob
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
-from torch import Tensor
 
 from dinov2_equi.data.datasets.base import DatasetError, check_index
-from dinov2_equi.data.datasets.decode import read_rgb, read_tensor
+from dinov2_equi.data.datasets.encoded import EncodedImages
 from dinov2_equi.data.datasets.packed import PackedStrings
+from dinov2_equi.data.datasets.stored_index import STORED_FROM, index_places, load_index, store_index
+from dinov2_equi.logging.progress import counting
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 LIST_SUFFIXES = (".txt", ".lst", ".list")
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 _LOOKED_FOR = 16  # paths of a list, evenly spread, of which one must exist: looking for all takes minutes
 _SHOWN = 5
+_COUNTED_AT_ONCE = 1000
 
 
-class ListedImages:
+class ListedImages(EncodedImages):
     """Images by their paths, which are kept in one array.
 
     Args:
@@ -46,41 +48,33 @@ class ListedImages:
         classes: Sequence[str] = (),
         what: str,
     ) -> None:
-        self._paths = paths
+        self.paths = paths
         self._base = base
-        self._targets = targets
+        self.class_numbers = targets
         self._classes = list(classes)
         self._what = what
 
     def __len__(self) -> int:
         """Return the number of images."""
-        return len(self._paths)
+        return len(self.paths)
 
-    def load(self, index: int) -> Image.Image:
-        """Return image `index` as upright RGB.
+    def encoded(self, index: int) -> Path:
+        """Return the file of image `index`."""
+        return self._base / self.name(index)
 
-        Raises:
-            UnreadableImageError: The file cannot be decoded; names the file.
-        """
-        return read_rgb(self._base / self.name(index))
-
-    def load_tensor(self, index: int, min_short_side: int | None = None) -> Tensor:
-        """Return image `index` as uint8 [3, H, W]; large JPEGs are decoded at a fraction of their size.
-
-        Raises:
-            UnreadableImageError: The file cannot be decoded; names the file.
-        """
-        return read_tensor(self._base / self.name(index), min_short_side)
+    def path(self, index: int) -> str:
+        """Return the whole path of image `index`."""
+        return str(self._base / self.name(index))
 
     def name(self, index: int) -> str:
         """Return the path of image `index` as it stands in the list."""
         check_index(index, len(self), self._what)
-        return self._paths[index]
+        return self.paths[index]
 
     @property
     def targets(self) -> list[int] | None:
         """Class number of each image, or None without classes."""
-        return None if self._targets is None else self._targets.tolist()
+        return None if self.class_numbers is None else self.class_numbers.tolist()
 
     @property
     def classes(self) -> list[str]:
@@ -99,13 +93,24 @@ def read_list(file: Path | str, root: Path | str | None = None) -> ListedImages:
         DatasetError: The list is missing, empty or no text, or none of its paths exists; says what was found.
     """
     file = _existing_file(file, "a text file with one path a line")
+    return _checked(_stored(file, [], lambda: _Listing(_read_lines(file))), file, root)
+
+
+def _read_lines(file: Path) -> PackedStrings:
     try:
-        with file.open(encoding="utf-8") as lines:
+        with file.open(encoding="utf-8") as lines, counting("paths", f"Reading {file}") as count:
             stripped = (line.strip() for line in lines)
-            paths = PackedStrings.of(line for line in stripped if line and not line.startswith("#"))
+            return PackedStrings.of(_counted((line for line in stripped if line and not line.startswith("#")), count))
     except UnicodeDecodeError as error:
         raise DatasetError(f"{file} is no text ({error}); expected one path a line") from error
-    return _checked(paths, file, root)
+
+
+def _counted(lines: Iterator[str], count: Callable[[int], None]) -> Iterator[str]:
+    """Yield the lines, and count them in thousands."""
+    for number, line in enumerate(lines, start=1):
+        if number % _COUNTED_AT_ONCE == 0:
+            count(_COUNTED_AT_ONCE)
+        yield line
 
 
 def read_table(
@@ -125,31 +130,38 @@ def read_table(
             none of its paths exists.
     """
     file = _existing_file(file, f"a table ({' '.join(TABLE_SUFFIXES)})")
+    return _checked(_stored(file, [column, label], lambda: _read_columns(file, column, label)), file, root)
+
+
+def _read_columns(file: Path, column: str, label: str | None) -> _Listing:
     read = _read_parquet if file.suffix.lower() == ".parquet" else _read_csv
     columns = read(file, [column, label or "label"], optional=() if label else ("label",))
     paths = PackedStrings.of(columns[0])
     if len(columns) == 1:
-        return _checked(paths, file, root)
+        return _Listing(paths)
     classes = _sorted_classes(set(columns[1]))
     number = {name: index for index, name in enumerate(classes)}
-    targets = np.fromiter((number[name] for name in columns[1]), np.int32, len(paths))
-    return _checked(paths, file, root, targets=targets, classes=classes)
+    return _Listing(paths, np.fromiter((number[name] for name in columns[1]), np.int32, len(paths)), classes)
 
 
-def find_images(pattern: str) -> ListedImages:
+def find_images(pattern: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> ListedImages:
     """Return the images that match a pattern, sorted: `*`, `?`, `[a-z]`, and `**` for any depth.
+
+    Args:
+        pattern: Of paths.
+        suffixes: What the names of images end in.
 
     Raises:
         DatasetError: Nothing matches, or no image does; says what was found.
     """
     expanded = str(Path(pattern).expanduser())
     found = sorted(glob.glob(expanded, recursive=True))  # noqa: PTH207 (a Path refuses patterns from the root)
-    paths = [path for path in found if path.lower().endswith(IMAGE_SUFFIXES)]
+    paths = [path for path in found if path.lower().endswith(suffixes)]
     if not paths:
         shown = ", ".join(Path(path).name for path in found[:_SHOWN])
         matched = f"it matches {len(found)} entries, none an image ({shown})" if found else "it matches nothing"
         raise DatasetError(
-            f"no image for the pattern {pattern}: {matched}. Expected files that end in {' '.join(IMAGE_SUFFIXES)}, as "
+            f"no image for the pattern {pattern}: {matched}. Expected files that end in {' '.join(suffixes)}, as "
             f"with {pattern.rstrip('/*')}/**/*.jpg"
         )
     return ListedImages(PackedStrings.of(paths), Path(), what=pattern)
@@ -167,15 +179,41 @@ def _existing_file(file: Path | str, expected: str) -> Path:
     return path
 
 
-def _checked(
-    paths: PackedStrings,
-    file: Path,
-    root: Path | str | None,
-    *,
-    targets: npt.NDArray[np.int32] | None = None,
-    classes: Sequence[str] = (),
-) -> ListedImages:
+@dataclass(frozen=True)
+class _Listing:
+    """What a list or a table holds."""
+
+    paths: PackedStrings
+    targets: npt.NDArray[np.int32] | None = None
+    classes: Sequence[str] = ()
+
+
+_ARRAYS = ("text", "ends", "targets", "class_text", "class_ends")
+
+
+def _stored(file: Path, choice: list[str | None], read: Callable[[], _Listing]) -> _Listing:
+    """Return what a file lists: from the user's cache, where it was stored and the file has the same size and time."""
+    facts = ["list", str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns, choice]
+    places = index_places(facts)
+    arrays = load_index(places, _ARRAYS, lambda arrays: len(arrays["targets"]) in (0, len(arrays["ends"])))
+    if arrays is None:
+        listing = read()
+        if len(listing.paths) < STORED_FROM:
+            return listing
+        targets = np.zeros(0, np.int32) if listing.targets is None else listing.targets
+        names = PackedStrings.of(listing.classes)
+        made = (listing.paths.text, listing.paths.ends, targets, names.text, names.ends)
+        arrays = store_index(places, dict(zip(_ARRAYS, made, strict=True)))
+    names = PackedStrings(arrays["class_text"], arrays["class_ends"])
+    paths = PackedStrings(arrays["text"], arrays["ends"])
+    return _Listing(
+        paths, arrays["targets"] if len(arrays["targets"]) else None, [names[number] for number in range(len(names))]
+    )
+
+
+def _checked(listing: _Listing, file: Path, root: Path | str | None) -> ListedImages:
     """Return the images, once one of some paths exists."""
+    paths = listing.paths
     base = file.parent if root is None else Path(root).expanduser()
     if not len(paths):
         raise DatasetError(f"{file} names no image")
@@ -187,7 +225,7 @@ def _checked(
             f"{base / looked_for[0]}. Relative paths start from {base}; add root=FOLDER for another start, as in "
             f"list:path={file.name}:root=/data"
         )
-    return ListedImages(paths, base, targets=targets, classes=classes, what=str(file))
+    return ListedImages(paths, base, targets=listing.targets, classes=listing.classes, what=str(file))
 
 
 def _read_csv(file: Path, names: list[str], optional: tuple[str, ...]) -> list[list[str]]:

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from dinov2_equi.data.datasets.base import DatasetError, ImageDataset, check_index
+from dinov2_equi.data.datasets.blocks import blocks_of
 
 
 class Mixture:
@@ -23,7 +24,8 @@ class Mixture:
             shares are those of the sizes.
 
     Raises:
-        DatasetError: No part, another number of weights, or a weight that is not above 0.
+        DatasetError: No part, another number of weights, a weight that is not above 0, or a part that is to be read
+            block by block.
     """
 
     def __init__(self, parts: Sequence[ImageDataset], weights: Sequence[float] | None = None) -> None:
@@ -31,6 +33,11 @@ class Mixture:
             raise DatasetError("a mixture needs at least one data set")
         if weights is not None and (len(weights) != len(parts) or min(weights) <= 0):
             raise DatasetError(f"expected {len(parts)} weights above 0, one for each part; got {list(weights)}")
+        if any(blocks_of(part) is not None for part in parts):
+            raise DatasetError(
+                "shards that are read one after the other (pipe:, or buffer=) cannot be part of a mixture, whose "
+                "images are taken in any order: copy them to a disk and leave out buffer="
+            )
         self.parts = tuple(parts)
         self.weights = None if weights is None else tuple(weights)
         self._ends = np.cumsum(_repeated_lengths([len(part) for part in parts], weights))

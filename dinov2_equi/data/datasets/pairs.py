@@ -57,8 +57,13 @@ def find_pairs(root: Path, split: str, names: PairNames) -> list[Pair]:
     """
     if split not in SPLITS:
         raise DatasetError(f"expected one of the splits {', '.join(SPLITS)}, got {split!r}")
+    forms = (
+        f"one of {', '.join(names.image_folders)} beside one of {', '.join(names.label_folders)}, with folders "
+        f"{' or '.join(_SPLIT_FOLDERS[split])} in them or around them, or files named alike but for "
+        f"{' or '.join(names.label_marks)}"
+    )
     if not root.is_dir():
-        raise DatasetError(f"there is no folder {root}")
+        raise DatasetError(f"there is no folder {root}; it would hold {forms}")
     folders = _folders(root, split, names)
     if folders is not None:
         images, labels, has_split = folders
@@ -71,11 +76,7 @@ def find_pairs(root: Path, split: str, names: PairNames) -> list[Pair]:
                 break
         pairs = _by_marks(inner, names)
     if not pairs:
-        raise DatasetError(
-            f"no pairs of images and labels in {root}: looked for one of {', '.join(names.image_folders)} beside one "
-            f"of {', '.join(names.label_folders)}, with folders {' or '.join(_SPLIT_FOLDERS[split])} in them or around "
-            f"them, and for files named alike but for {' or '.join(names.label_marks)}"
-        )
+        raise DatasetError(f"no pairs of images and labels in {root}: looked for {forms}")
     if has_split:
         return pairs
     num_train = len(pairs) - max(round(VAL_SHARE * len(pairs)), 1)

@@ -9,34 +9,27 @@ Source: layout after WebDataset, github.com/webdataset/webdataset.
 from __future__ import annotations
 
 import glob
-import hashlib
-import io
-import json
-import logging
 import os
 import re
-import shutil
 import tarfile
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from rich.progress import track
-from torch import Tensor
 
 from dinov2_equi.data.datasets.base import DatasetError, UnreadableImageError, check_index
-from dinov2_equi.data.datasets.decode import decode_rgb, decode_tensor
+from dinov2_equi.data.datasets.blocks import Blocks
+from dinov2_equi.data.datasets.encoded import EncodedImages
 from dinov2_equi.data.datasets.listed import IMAGE_SUFFIXES
 from dinov2_equi.data.datasets.packed import PackedStrings
+from dinov2_equi.data.datasets.stored_index import Arrays, index_places, load_index, store_index
 from dinov2_equi.logging.console import get_console
 
-logger = logging.getLogger(__name__)
-
-INDEX_FOLDER = ".dinov2_equi_index"
 ENTRY = np.dtype([("offset", "<u8"), ("size", "<u4"), ("shard", "<u4")])
 """Where an image lies: 16 bytes."""
 
@@ -56,7 +49,7 @@ class _Index:
     """[n], -1 where an image has no class."""
 
 
-class TarShards:
+class TarShards(EncodedImages):
     """The images of tar shards, in the order of the shards and within them.
 
     The index lies in `.dinov2_equi_index` beside the first shard, or in the user's cache where that folder cannot be
@@ -64,16 +57,26 @@ class TarShards:
 
     Args:
         pattern: Path of one shard, or of several: with wildcards, or numbers as in `train-{000000..000146}.tar`.
+        suffixes: What the names of images end in.
+        buffer: Shards that are open together: a training reads shard after shard, in random order, and shuffles the
+            images of so many. None: images in any order, whatever shard they lie in.
 
     Raises:
         DatasetError: No shard, a compressed or damaged one, or no image in them; says what was found and what to do.
     """
 
-    def __init__(self, pattern: Path | str) -> None:
-        self._shards = _find_shards(str(pattern))
-        self._index = _load_or_build(self._shards)
+    def __init__(
+        self, pattern: Path | str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES, buffer: int | None = None
+    ) -> None:
+        shards = _find_shards(str(pattern))
+        self._take_index(_load_or_build(shards, suffixes), shards, f"{len(shards)} shards of {pattern}", suffixes)
+        self.buffer = buffer
+
+    def _take_index(self, arrays: Arrays, shards: Sequence[Path], what: str, suffixes: tuple[str, ...]) -> None:
+        self.shards = list(shards)
+        self._index = _Index(arrays["entries"], PackedStrings(arrays["text"], arrays["ends"]), arrays["labels"])
         if not len(self._index.entries):
-            raise DatasetError(f"no image ({' '.join(IMAGE_SUFFIXES)}) in {len(self._shards)} shards of {pattern}")
+            raise DatasetError(f"no image ({' '.join(suffixes)}) in {what}")
         known = np.unique(self._index.labels)
         self._has_classes = bool(known[0] != _NO_CLASS)
         self._known_labels = known if self._has_classes else known[:0]
@@ -82,26 +85,44 @@ class TarShards:
         """Return the number of images."""
         return len(self._index.entries)
 
-    def load(self, index: int) -> Image.Image:
-        """Return image `index` as upright RGB.
+    def encoded(self, index: int) -> bytes:
+        """Return the bytes of image `index`.
 
         Raises:
-            UnreadableImageError: The image cannot be decoded; names shard and file.
+            UnreadableImageError: The shard cannot be read; names it and the file in it.
         """
-        return decode_rgb(io.BytesIO(self._read(index)), self._path(index), None)
+        check_index(index, len(self), "the shards")
+        entry = self._index.entries[index]
+        try:
+            descriptor = self._open(int(entry["shard"]))
+            try:
+                return os.pread(descriptor, int(entry["size"]), int(entry["offset"]))
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            path = self.path(index)
+            raise UnreadableImageError(f"cannot read {path}: {error}", path=path, reason=str(error)) from error
 
-    def load_tensor(self, index: int, min_short_side: int | None = None) -> Tensor:
-        """Return image `index` as uint8 [3, H, W]; large JPEGs are decoded at a fraction of their size.
+    def _open(self, shard: int) -> int:
+        """Return an open file descriptor of a shard."""
+        return os.open(self.shards[shard], os.O_RDONLY)
 
-        Raises:
-            UnreadableImageError: The image cannot be decoded; names shard and file.
-        """
-        return decode_tensor(self._read(index), self._path(index), min_short_side)
+    def blocks(self) -> Blocks | None:
+        """Return the shards as blocks that a training takes one after the other; None: images in any order."""
+        if self.buffer is None:
+            return None
+        return Blocks(np.bincount(self.shard_numbers, minlength=len(self.shards)), self.buffer)
 
     def name(self, index: int) -> str:
         """Return the name of the shard and the path of image `index` in it."""
         check_index(index, len(self), "the shards")
-        return f"{self._shards[int(self._index.entries[index]['shard'])].name}/{self._index.names[index]}"
+        return f"{self.shards[int(self._index.entries[index]['shard'])].name}/{self._index.names[index]}"
+
+    @property
+    def shard_numbers(self) -> npt.NDArray[np.uint32]:
+        """Number of the shard of each image, [n], as they follow each other in `shards`."""
+        numbers: npt.NDArray[np.uint32] = self._index.entries["shard"]
+        return numbers
 
     @property
     def targets(self) -> list[int] | None:
@@ -116,21 +137,9 @@ class TarShards:
         """The numbers in the `.cls` files, as text."""
         return [str(label) for label in self._known_labels]
 
-    def _path(self, index: int) -> str:
-        return str(self._shards[int(self._index.entries[index]["shard"])].parent / self.name(index))
-
-    def _read(self, index: int) -> bytes:
-        """Return the bytes of an image."""
-        check_index(index, len(self), "the shards")
-        entry = self._index.entries[index]
-        try:
-            with self._shards[int(entry["shard"])].open("rb", buffering=0) as file:
-                content = os.pread(file.fileno(), int(entry["size"]), int(entry["offset"]))
-        except OSError as error:
-            raise UnreadableImageError(
-                f"cannot read {self._path(index)}: {error}", path=self._path(index), reason=str(error)
-            ) from error
-        return content
+    def path(self, index: int) -> str:
+        """Return the path of the shard of image `index`, with its own in it."""
+        return str(self.shards[int(self._index.entries[index]["shard"])].parent / self.name(index))
 
 
 def _find_shards(pattern: str) -> list[Path]:
@@ -138,7 +147,7 @@ def _find_shards(pattern: str) -> list[Path]:
     expanded = os.fspath(Path(pattern).expanduser())
     if expanded.endswith(_COMPRESSED):
         raise DatasetError(f"{pattern} is compressed: its images cannot be read in any order. Unpack it to a plain tar")
-    candidates = list(_expand_braces(expanded))
+    candidates = list(expand_braces(expanded))
     found = [path for name in candidates for path in ([name] if Path(name).is_file() else _matches(name))]
     missing = [name for name in candidates if not glob.has_magic(name) and not Path(name).is_file()]
     if missing or not found:
@@ -153,90 +162,64 @@ def _matches(pattern: str) -> list[str]:
     return sorted(glob.glob(pattern))  # noqa: PTH207 (a Path refuses patterns from the root)
 
 
-def _expand_braces(text: str) -> Iterator[str]:
+def expand_braces(text: str) -> Iterator[str]:
     """Yield the text with each {first..last} replaced by every number, as wide as the first."""
     match = _BRACES.search(text)
     if match is None:
         yield text
         return
     for number in range(int(match[1]), int(match[2]) + 1):
-        yield from _expand_braces(f"{text[: match.start()]}{number:0{len(match[1])}d}{text[match.end() :]}")
+        yield from expand_braces(f"{text[: match.start()]}{number:0{len(match[1])}d}{text[match.end() :]}")
 
 
 # ----------------------------------------------------------------------------------------------------------- the index
 
 
-def _load_or_build(shards: Sequence[Path]) -> _Index:
+INDEX_ARRAYS = ("entries", "text", "ends", "labels")
+
+
+def _load_or_build(shards: Sequence[Path], suffixes: tuple[str, ...]) -> Arrays:
     """Return the index of these shards, from the disk where it is there."""
     facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in shards]
-    name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dinov2_equi" / "index"
-    places = [shards[0].parent / INDEX_FOLDER / name, cache / name]
-    for place in places:
-        if place.is_dir():
-            try:
-                return _load(place)
-            except (OSError, ValueError) as error:
-                logger.warning("the index %s cannot be read (%s) and is written anew", place, error)
-                shutil.rmtree(place, ignore_errors=True)
-    index = _scan(shards)
-    for place in places:
-        try:
-            _save(index, place)
-            return _load(place)
-        except OSError as error:
-            logger.debug("the index cannot be written to %s: %s", place, error)
-    logger.warning("no folder for the index can be written to (%s, %s); it is made at each start", *places)
-    return index
+    places = index_places([suffixes, facts], beside=shards[0].parent)
+    return load_index(places, INDEX_ARRAYS, fit_each_other) or store_index(places, _scan(shards, suffixes))
 
 
-def _load(place: Path) -> _Index:
-    entries, text, ends, labels = (
-        np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        for name in ("entries", "text", "ends", "labels")
-    )
-    if entries.dtype != ENTRY or not len(entries) == len(ends) == len(labels):
-        raise ValueError("its arrays do not fit each other")
-    return _Index(entries, PackedStrings(text, ends), labels)
+def fit_each_other(arrays: Arrays) -> bool:
+    """Return whether the arrays of an index belong together."""
+    entries = arrays["entries"]
+    return entries.dtype == ENTRY and len(entries) == len(arrays["ends"]) == len(arrays["labels"])
 
 
-def _save(index: _Index, place: Path) -> None:
-    """Write the index under a temporary name and rename it: it is there whole or not at all."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    pending = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-    shutil.rmtree(pending, ignore_errors=True)
-    pending.mkdir()
-    try:
-        arrays = {"entries": index.entries, "text": index.names.text, "ends": index.names.ends, "labels": index.labels}
-        for name, values in arrays.items():
-            with (pending / f"{name}.npy").open("wb") as file:
-                np.save(file, values, allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
-        if not place.is_dir():  # another process may have been faster
-            pending.rename(place)
-    finally:
-        shutil.rmtree(pending, ignore_errors=True)
-
-
-def _scan(shards: Sequence[Path]) -> _Index:
+def _scan(shards: Sequence[Path], suffixes: tuple[str, ...]) -> Arrays:
     """Return the index of the shards, from the headers in them."""
-    offsets, sizes, numbers, labels = array("Q"), array("L"), array("L"), array("l")
-    names: list[str] = []
     shown = track(shards, f"Indexing {len(shards)} shards", console=get_console(), transient=True)
-    for number, shard in enumerate(shown):
-        for image, label in _images_of(shard):
-            offsets.append(image.offset_data)
-            sizes.append(image.size)
-            numbers.append(number)
-            labels.append(label)
-            names.append(image.name)
+    return join_scans([scan_shard(number, shard, suffixes) for number, shard in enumerate(shown)])
+
+
+def scan_shard(number: int, shard: Path, suffixes: tuple[str, ...]) -> Arrays:
+    """Return the index of shard `number` alone, from the headers in the file."""
+    offsets, sizes, labels = array("Q"), array("L"), array("l")
+    names: list[str] = []
+    for image, label in _images_of(shard, suffixes):
+        offsets.append(image.offset_data)
+        sizes.append(image.size)
+        labels.append(label)
+        names.append(image.name)
     entries = np.empty(len(offsets), ENTRY)
-    entries["offset"], entries["size"], entries["shard"] = offsets, sizes, numbers
-    return _Index(entries, PackedStrings.of(names), np.array(labels, np.int32))
+    entries["offset"], entries["size"], entries["shard"] = offsets, sizes, number
+    packed = PackedStrings.of(names)
+    return {"entries": entries, "text": packed.text, "ends": packed.ends, "labels": np.array(labels, np.int32)}
 
 
-def _images_of(shard: Path) -> Iterator[tuple[tarfile.TarInfo, int]]:
+def join_scans(parts: Sequence[Arrays]) -> dict[str, npt.NDArray[Any]]:
+    """Return the index of several shards, in their order."""
+    lengths = np.concatenate([np.diff(part["ends"], prepend=0) for part in parts])
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in ("entries", "text", "labels")}
+    return {**joined, "ends": np.cumsum(lengths, dtype=np.int64)}
+
+
+def _images_of(shard: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[tarfile.TarInfo, int]]:
     """Yield each image of a shard with its class.
 
     Raises:
@@ -258,7 +241,7 @@ def _images_of(shard: Path) -> Iterator[tuple[tarfile.TarInfo, int]]:
                     key, image, label = f"{folder}/{stem}", None, _NO_CLASS
                 if suffix == "cls":
                     label = _label(tar, member, shard)
-                elif image is None and name.lower().endswith(IMAGE_SUFFIXES):
+                elif image is None and name.lower().endswith(suffixes):
                     image = member
     except tarfile.TarError as error:
         raise DatasetError(f"the shard {shard} is no whole uncompressed tar file: {error}. Copy it again") from error

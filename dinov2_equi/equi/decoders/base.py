@@ -23,6 +23,7 @@ class DecoderSettings:
         num_heads: attention heads; None takes heads of 32 channels.
         mlp_ratio: hidden width of the transformer's MLPs over `width`.
         shared: one module with a learned query for each image, or one module an image.
+        num_channels: of the images, 3 for photographs.
     """
 
     equi_dim: int
@@ -33,6 +34,7 @@ class DecoderSettings:
     num_heads: int | None = None
     mlp_ratio: float = 4.0
     shared: bool = True
+    num_channels: int = 3
 
 
 class Decoder(Protocol):
@@ -52,7 +54,7 @@ class Decoder(Protocol):
             cls: equivariant class tokens of both views, [B, D_equi] each, or None.
 
         Returns:
-            [S, B, 3, h * p, w * p] in (0, 1), float32.
+            [S, B, channels, h * p, w * p] in (0, 1), float32.
         """
 
 

@@ -20,7 +20,12 @@ def _transformer(settings: DecoderSettings) -> nn.Module:
 
 
 def _upconv(settings: DecoderSettings) -> nn.Module:
-    single = {"equi_dim": settings.equi_dim, "patch_size": settings.patch_size, "width": settings.width}
+    single = {
+        "equi_dim": settings.equi_dim,
+        "patch_size": settings.patch_size,
+        "width": settings.width,
+        "num_channels": settings.num_channels,
+    }
     return OneForEachImage((UpconvDecoder(**single) for _ in range(settings.num_images)), settings.patch_size)
 
 

@@ -28,19 +28,19 @@ def sincos_position(grid: tuple[int, int], dim: int, *, device: torch.device | N
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
-    """Return images [..., 3, H, W] from flat patches [..., h * w, 3 * p * p], channel-major inside a patch."""
+    """Return images [..., C, H, W] from flat patches [..., h * w, C * p * p], channel-major inside a patch."""
     h, w = grid
     leading = patches.shape[:-2]
-    images = patches.reshape(*leading, h, w, 3, patch_size, patch_size)
-    images = images.movedim(-3, -5).transpose(-3, -2)  # [..., 3, h, p, w, p]
-    return images.reshape(*leading, 3, h * patch_size, w * patch_size)
+    images = patches.reshape(*leading, h, w, -1, patch_size, patch_size)
+    images = images.movedim(-3, -5).transpose(-3, -2)  # [..., C, h, p, w, p]
+    return images.reshape(*leading, -1, h * patch_size, w * patch_size)
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Return flat patches [..., h * w, 3 * p * p] of images [..., 3, H, W]: the inverse of `unpatchify`."""
+    """Return flat patches [..., h * w, C * p * p] of images [..., C, H, W]: the inverse of `unpatchify`."""
     leading, (C, H, W), p = images.shape[:-3], images.shape[-3:], patch_size
     patches = images.reshape(*leading, C, H // p, p, W // p, p)
-    patches = patches.transpose(-3, -2).movedim(-5, -3)  # [..., h, w, 3, p, p]
+    patches = patches.transpose(-3, -2).movedim(-5, -3)  # [..., h, w, C, p, p]
     return patches.reshape(*leading, (H // p) * (W // p), C * p * p)
 
 
@@ -80,7 +80,7 @@ class TransformerDecoder(nn.Module):
             for _ in range(settings.depth)
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.pixel_head = nn.Linear(width, 3 * settings.patch_size**2)
+        self.pixel_head = nn.Linear(width, settings.num_channels * settings.patch_size**2)
         self._init_weights()
 
     def _init_weights(self) -> None:

@@ -28,13 +28,14 @@ class UpconvDecoder(nn.Module):
     Source: Wang et al. (AAAI-26), Figure 1 and section 3.2; widths and kernels are ours, as the paper gives none.
     """
 
-    def __init__(self, *, equi_dim: int, patch_size: int, width: int = 256) -> None:
+    def __init__(self, *, equi_dim: int, patch_size: int, width: int = 256, num_channels: int = 3) -> None:
         """Build the decoder.
 
         Args:
             equi_dim: D_equi of one view.
             patch_size: p, pixels a token stands for on each side, at least 2.
             width: channels after the linear layer; halved by each up-convolution, at least 8.
+            num_channels: of the image.
 
         Raises:
             ValueError: if `patch_size` is below 2.
@@ -47,7 +48,7 @@ class UpconvDecoder(nn.Module):
         num_doublings = math.ceil(math.log2(patch_size))
         widths = [max(_MIN_WIDTH, width >> level) for level in range(num_doublings)]
         layers: list[nn.Module] = []
-        for width_in, width_out in pairwise([*widths, 3]):
+        for width_in, width_out in pairwise([*widths, num_channels]):
             layers.append(nn.ConvTranspose2d(width_in, width_out, kernel_size=4, stride=2, padding=1, bias=False))
             layers += [BatchNorm2d(width_out), nn.ReLU()]
         layers[-1] = nn.Sigmoid()

@@ -108,8 +108,9 @@ class RangedFamily(DrawnFromUnit):
 
     def __init__(self, low: Sequence[float], high: Sequence[float]) -> None:
         """Store the least and the greatest value of each parameter, [P] each."""
-        self._low = torch.tensor(low)
-        self._span = torch.tensor(high) - self._low
+        # On the CPU also while networks are built on the meta device: these are numbers, no weights.
+        self._low = torch.tensor(low, device="cpu")
+        self._span = torch.tensor(high, device="cpu") - self._low
         self.num_uniforms = len(self._low)
 
     def from_unit(self, unit: Tensor) -> Tensor:

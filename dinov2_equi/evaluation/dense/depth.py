@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -12,6 +14,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from dinov2_equi.data.datasets.depth_sets import DepthSet
+from dinov2_equi.distributed.collectives import gather_values
+from dinov2_equi.distributed.env import share_of_rank
 from dinov2_equi.evaluation.dense.depth_heads import (
     DPT,
     HEADS,
@@ -21,7 +25,13 @@ from dinov2_equi.evaluation.dense.depth_heads import (
     DPTDepthHead,
     LinearDepthHead,
 )
-from dinov2_equi.evaluation.dense.depth_metrics import MeanOfImages, bins_loss, depth_metrics, silog_loss
+from dinov2_equi.evaluation.dense.depth_metrics import (
+    MeanOfImages,
+    bins_loss,
+    depth_metrics,
+    gradient_loss,
+    silog_loss,
+)
 from dinov2_equi.evaluation.dense.maps import DenseBackbone, last_blocks, spaced_blocks, to_image_size
 from dinov2_equi.evaluation.dense.training import LoopSettings, Losses
 from dinov2_equi.evaluation.eval_model import EvalModel
@@ -37,6 +47,7 @@ class DepthSettings(LoopSettings):
         bins: number of depth bins.
         dpt_channels: width of the DPT decoder.
         silog_weight: of the scale-invariant logarithmic loss.
+        gradient_weight: of the loss of the slopes of log depth, DINOv2's.
         bins_weight: of the cross-entropy over the bins.
         height: of the crops that are trained on, pixels; images smaller than it are filled up.
         width: of the crops.
@@ -51,6 +62,7 @@ class DepthSettings(LoopSettings):
     bins: int = 256
     dpt_channels: int = 256
     silog_weight: float = 1.0
+    gradient_weight: float = 0.5
     bins_weight: float = 0.0
     height: int = 416
     width: int = 544
@@ -78,9 +90,11 @@ class DepthSettings(LoopSettings):
                 f"expected bins >= 2, dpt_channels >= 1, height and width >= 1, resize >= 0; got {self.bins}, "
                 f"{self.dpt_channels}, {self.height}, {self.width}, {self.resize}"
             )
-        if min(self.silog_weight, self.bins_weight) < 0 or self.silog_weight + self.bins_weight == 0:
+        weights = (self.silog_weight, self.gradient_weight, self.bins_weight)
+        if min(weights) < 0 or self.silog_weight + self.bins_weight == 0:
             raise ValueError(
-                f"expected weights of the losses >= 0, one of them above, got {self.silog_weight}, {self.bins_weight}"
+                "expected silog_weight, gradient_weight and bins_weight >= 0, and the first or the last above 0, as "
+                f"slopes alone leave the depth open; got {', '.join(map(str, weights))}"
             )
         super().check()
 
@@ -127,6 +141,8 @@ class DepthModel(nn.Module):
         terms = {}
         if settings.silog_weight:
             terms["silog_loss"] = settings.silog_weight * silog_loss(found.depth, depth, known)
+        if settings.gradient_weight:
+            terms["gradient_loss"] = settings.gradient_weight * gradient_loss(found.depth, depth, known)
         if settings.bins_weight:
             shares = to_image_size(found.shares, images.shape[-2:], self.features.patch_size)
             terms["bins_loss"] = settings.bins_weight * bins_loss(shares, self.head.bins.centres, depth, known)  # type: ignore[union-attr, arg-type]
@@ -197,60 +213,51 @@ class DepthAugmentation:
         return DepthSample(crop.as_subclass(Tensor), depth, known)
 
 
-class Prediction(NamedTuple):
-    """One image with its depth, true and predicted."""
-
-    image: Tensor
-    """uint8 [3, H, W]."""
-
-    truth: Tensor
-    """[1, H, W] metres, 0 where unknown."""
-
-    depth: Tensor
-    """[1, H, W] metres."""
-
-
-def predictions(model: DepthModel, dataset: DepthSet, settings: DepthSettings) -> Iterator[Prediction]:
-    """Yield every image of a data set with its prediction."""
-    model.eval()
-    for index in range(len(dataset)):
-        image, truth = dataset.load(index)
-        yield Prediction(image, truth, model.predict(image, settings).cpu())
-
-
 def evaluate_depth(
     model: DepthModel, dataset: DepthSet, settings: DepthSettings, *, on_image: Callable[[], None] | None = None
 ) -> dict[str, float]:
     """Return the mean over images of every measure of `METRICS`, and `num_images`.
 
-    An image without a measured pixel does not count.
+    An image without a measured pixel does not count. Every process of a group must call it; each predicts its share of
+    the images.
 
     Raises:
         ValueError: none of the images counts.
     """
+    model.eval()
     mean = MeanOfImages()
-    for _, truth, depth in predictions(model, dataset, settings):
+    for index in share_of_rank(len(dataset)):
+        image, truth = dataset.load(index)
         measured = dataset.is_measured(truth)
         if measured.any():
-            mean.add(depth_metrics(depth[0], truth[0], measured[0]))
+            mean.add(depth_metrics(model.predict(image, settings)[0].cpu(), truth[0], measured[0]))
         if on_image is not None:
             on_image()
-    return mean.result() | {"num_images": mean.count}
+    return mean.result(next(model.head.parameters()).device)
 
 
-def constant_depth_metrics(train: DepthSet, val: DepthSet) -> dict[str, float]:
-    """Return the measures of a prediction that is the mean depth of the training set everywhere: what to beat."""
-    total, count = 0.0, 0
-    for index in range(len(train)):
+def constant_depth_metrics(train: DepthSet, val: DepthSet, device: torch.device | str = "cpu") -> dict[str, float]:
+    """Return the measures of a prediction that is the mean depth of the training set everywhere: what to beat.
+
+    Every process of a group must call it; each reads its share of the images.
+
+    Args:
+        train: whose mean is taken over all known pixels.
+        val: what is measured.
+        device: where the process group communicates.
+    """
+    sums = []
+    for index in share_of_rank(len(train)):
         _, depth = train.load(index)
         known = depth[(depth > train.min_depth) & (depth < train.max_depth)].double()
-        total, count = total + float(known.sum()), count + known.numel()
+        sums.append((float(known.sum()), known.numel()))
+    total, count = (math.fsum(part) for part in zip(*chain(*gather_values(sums, device)), strict=True))
     if not count:
         raise ValueError("expected training images with known depth, got none; check units_per_metre and max_depth")
     mean = MeanOfImages()
-    for index in range(len(val)):
+    for index in share_of_rank(len(val)):
         _, truth = val.load(index)
         measured = val.is_measured(truth)
         if measured.any():
             mean.add(depth_metrics(torch.full_like(truth[0], total / count), truth[0], measured[0]))
-    return mean.result()
+    return mean.result(device)

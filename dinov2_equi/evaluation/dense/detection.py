@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torchvision.ops.poolers import initLevelMapper
 from torchvision.transforms import v2
 
 from dinov2_equi.data.datasets.coco import DetectionSet
+from dinov2_equi.distributed.collectives import gather_values
+from dinov2_equi.distributed.env import share_of_rank
 from dinov2_equi.evaluation.dense.detection_metrics import BOX, MASK, Detection, as_detections, average_precision
 from dinov2_equi.evaluation.dense.feature_pyramid import SimpleFeaturePyramid
 from dinov2_equi.evaluation.dense.training import LoopSettings, Losses
@@ -248,11 +251,12 @@ def as_list(samples: list[Sample]) -> list[Sample]:
 
 def detections(
     model: DetectionModel, dataset: DetectionSet, on_image: Callable[[], None] | None = None
-) -> Iterator[Detection]:
-    """Yield what is found in all images, in COCO's result format."""
+) -> Iterator[list[Detection]]:
+    """Yield what is found in each image of this process's share, in COCO's result format."""
     model.eval()
-    for index, entry in enumerate(dataset.images):
-        yield from as_detections(model.predict(dataset.load_image(index)), int(entry["id"]), dataset.category_ids)
+    for index in share_of_rank(len(dataset)):
+        found = model.predict(dataset.load_image(index))
+        yield as_detections(found, int(dataset.images[index]["id"]), dataset.category_ids)
         if on_image is not None:
             on_image()
 
@@ -266,10 +270,14 @@ def evaluate_detection(
 ) -> dict[str, Any]:
     """Return the average precision of boxes, and of masks where the detector finds and the data set has them.
 
+    Every process of a group must call it; each predicts its share of the images.
+
     Raises:
         ImportError: without pycocotools.
     """
-    found = list(detections(model, dataset, on_image))
+    device = next(model.pyramid.levels.parameters()).device
+    shares = gather_values(list(detections(model, dataset, on_image)), device)
+    found = [entry for images in zip_longest(*shares, fillvalue=[]) for image in images for entry in image]
     numbers: dict[str, Any] = {"num_images": len(dataset), "num_detections": len(found)}
     numbers["box"] = average_precision(dataset, found, BOX)
     if settings.has_masks and dataset.has_masks:

@@ -13,11 +13,14 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from dinov2_equi.data.datasets.segmentation_sets import IGNORE, SegmentationSet
+from dinov2_equi.distributed.collectives import all_reduce_sum_, sum_over_ranks
+from dinov2_equi.distributed.env import share_of_rank
 from dinov2_equi.evaluation.dense.maps import DenseBackbone, last_blocks, to_image_size
 from dinov2_equi.evaluation.dense.segmentation_metrics import ConfusionMatrix
 from dinov2_equi.evaluation.dense.sliding import sliding_window
 from dinov2_equi.evaluation.dense.training import LoopSettings
 from dinov2_equi.evaluation.eval_model import EvalModel
+from dinov2_equi.layers.batch_norm import BatchNorm2d
 
 LINEAR, MULTISCALE = "linear", "multiscale"
 HEADS = {LINEAR: 1, MULTISCALE: 4}
@@ -97,7 +100,7 @@ class SegmentationModel(nn.Module):
         classify = nn.Conv2d(width, num_classes, 1)
         nn.init.normal_(classify.weight, std=0.01)
         nn.init.zeros_(classify.bias)  # type: ignore[arg-type]
-        self.head = nn.Sequential(nn.BatchNorm2d(width), classify)
+        self.head = nn.Sequential(BatchNorm2d(width, has_running_stats=True), classify)
         self.num_classes = num_classes
 
     def forward(self, images: Tensor) -> Tensor:
@@ -106,15 +109,15 @@ class SegmentationModel(nn.Module):
         return to_image_size(self.head(maps), images.shape[-2:], self.features.patch_size)
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean cross-entropy over the pixels that have a class; 0 where none has.
+        """Return the mean cross-entropy over the pixels of all processes that have a class; 0 where none has.
 
         Args:
             images: [B, 3, H, W] in [0, 1].
             labels: int64 [B, 1, H, W], `IGNORE` where there is no class.
         """
         labels = labels.squeeze(1)  # [B, H, W]
-        total = F.cross_entropy(self(images), labels, ignore_index=IGNORE, reduction="sum")
-        return total / (labels != IGNORE).sum().clamp_min(1)
+        total = sum_over_ranks(F.cross_entropy(self(images), labels, ignore_index=IGNORE, reduction="sum"))
+        return total / all_reduce_sum_((labels != IGNORE).sum()).clamp_min(1)
 
     @torch.no_grad()
     def predict(self, image: Tensor, settings: SegmentationSettings) -> Tensor:
@@ -190,22 +193,6 @@ class SegmentationAugmentation:
         return SegmentationSample(crop.as_subclass(Tensor), found.as_subclass(Tensor))
 
 
-class TrainedSegmentation(NamedTuple):
-    """What the harness reports of a segmentation that was trained and measured, by whatever framework."""
-
-    name: str
-    """Of the backbone."""
-
-    losses: list[float]
-    """Of every step."""
-
-    measures: dict[str, Any]
-    """See `evaluate_segmentation`."""
-
-    predict: Callable[[Tensor], Tensor]
-    """Returns the classes, int64 [1, H, W] on the CPU, of an image, uint8 [3, H, W]."""
-
-
 def evaluate_segmentation(
     model: SegmentationModel,
     dataset: SegmentationSet,
@@ -213,12 +200,16 @@ def evaluate_segmentation(
     *,
     on_image: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Return the measures of `ConfusionMatrix` over all images at their own size, and `num_images`."""
+    """Return the measures of `ConfusionMatrix` over all images at their own size, and `num_images`.
+
+    Every process of a group must call it; each predicts its share of the images.
+    """
     model.eval()
     matrix = ConfusionMatrix(len(dataset.classes), IGNORE)
-    for index in range(len(dataset)):
+    for index in share_of_rank(len(dataset)):
         image, labels = dataset.load(index)
         matrix.add(model.predict(image, settings), labels)
         if on_image is not None:
             on_image()
+    matrix.counts = all_reduce_sum_(matrix.counts.to(next(model.head.parameters()).device)).cpu()
     return matrix.results(dataset.classes) | {"num_images": len(dataset)}

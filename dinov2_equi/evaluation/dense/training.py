@@ -1,7 +1,7 @@
 """Training of what stands on a backbone: one loop for all dense tasks, and it goes on where it was stopped.
 
 Which images a step sees, how they are changed and every random number of the step depend on (seed, step) alone, so a
-resumed training gives the weights of one that was never stopped.
+resumed training gives the weights of one that was never stopped. Several processes divide the images of each step.
 """
 
 from __future__ import annotations
@@ -22,6 +22,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from dinov2_equi.data.samplers import PositionSampler, RandomStream, SampleOrder, random_generator
+from dinov2_equi.data.signals import start_worker
+from dinov2_equi.distributed.collectives import (
+    all_reduce_mean,
+    average_gradients_,
+    largest_of_ranks,
+    wait_for_all_ranks,
+)
+from dinov2_equi.distributed.env import get_rank, get_world_size, is_main_process, share_of_batch
 from dinov2_equi.evaluation.finetune import layer_number
 from dinov2_equi.fsdp.checkpoint import CheckpointStore, flatten_optimizer, restore_optimizer_
 
@@ -29,7 +37,8 @@ CHECKPOINTS = "checkpoints"
 _NO_DECAY = re.compile(r"(bias|gamma|cls_token|pos_embed|register_tokens)$|norm")
 
 Losses = Mapping[str, Tensor]
-"""Terms by name; their sum is minimised."""
+"""Terms by name; their sum is minimised. Of several processes the mean is: a term that is no mean over images of equal
+weight has to be computed from sums over all processes (`sum_over_ranks`), and is then the same on each."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class LoopSettings:
 
     Attributes:
         steps: of the optimiser.
-        batch_size: images in a step.
+        batch_size: images in a step, of all processes together.
         lr: learning rate of the head, after the warm-up; then it falls along a cosine to 0.
         warmup_steps: in which it rises from 0.
         weight_decay: of matrices; biases, norms and tokens have none.
@@ -152,8 +161,11 @@ def train(
     num_workers: int = 0,
     collate: Callable[[list[Any]], Any] | None = None,
     on_step: Callable[[int, Losses], None] | None = None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> list[float]:
     """Train a module, or go on with a training that was stopped, and return the loss of every step.
+
+    Every process of a group must call it; the first one writes the checkpoints.
 
     Args:
         module: changed in place; its weights live on the device where it is to be trained. In evaluation mode after it.
@@ -166,6 +178,7 @@ def train(
         num_workers: processes that load samples.
         collate: makes a batch of samples; None: torch's own.
         on_step: called after each step with the number of steps done and the terms.
+        asked_to_stop: asked after each step; where a process answers yes, all save and return the losses so far.
 
     Raises:
         ValueError: settings out of range, a checkpoint of another training, or a loss that is not finite.
@@ -174,23 +187,51 @@ def train(
     settings.check()
     optimizer = torch.optim.AdamW(parameter_groups(module, backbone, settings))
     store = CheckpointStore(folder / CHECKPOINTS, keep=2)
+    wait_for_all_ranks()  # until the first one has cleared what a crash left
+    device = next(module.parameters()).device
     identity = full_identity(identity, settings)
     history = _resume(store, module, backbone, optimizer, identity)
     start = len(history)
     module.train()
-    sampler = PositionSampler(batch_size=settings.batch_size, start_step=start, num_steps=settings.steps - start)
-    loader = DataLoader(samples, batch_sampler=sampler, num_workers=num_workers, collate_fn=collate)
+    loader = _loader(samples, settings, start, num_workers, collate)
     for step, batch in enumerate(loader, start=start):
         terms = _step(module, optimizer, partial(losses_of, batch), settings, step)
         history.append(math.fsum(float(term) for term in terms.values()))
         if on_step is not None:
             on_step(step + 1, terms)
-        if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+        is_last = largest_of_ranks(int(asked_to_stop()), device) or step + 1 == settings.steps
+        if is_main_process() and (is_last or (step + 1) % settings.save_every == 0):
             moments, about = flatten_optimizer(optimizer)
             tensors = {"model": trained_state(module, backbone), "optimizer": moments}
             store.save(step + 1, tensors, {"identity": identity, "optimizer": about, "losses": history})
+        if is_last:
+            break
     module.eval()
     return history
+
+
+def _loader(
+    samples: TrainingSamples,
+    settings: LoopSettings,
+    start: int,
+    num_workers: int,
+    collate: Callable[[list[Any]], Any] | None,
+) -> DataLoader[Any]:
+    """Return the batches of this process from a step on."""
+    sampler = PositionSampler(
+        batch_size=share_of_batch(settings.batch_size),
+        start_step=start,
+        num_steps=settings.steps - start,
+        rank=get_rank(),
+        world_size=get_world_size(),
+    )
+    return DataLoader(
+        samples,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate,
+        worker_init_fn=start_worker,
+    )
 
 
 def full_identity(identity: Mapping[str, Any], settings: LoopSettings) -> dict[str, Any]:
@@ -227,8 +268,9 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, settings: LoopSettings,
 
 
 def step_seed(settings: LoopSettings, step: int) -> int:
-    """Return the seed of what a step draws beside its samples: dropout, stochastic depth."""
-    return int(np.random.SeedSequence((settings.seed, step)).generate_state(1, np.uint64)[0])
+    """Return the seed of what this process draws in a step beside its samples: dropout, stochastic depth."""
+    entropy = (settings.seed, step, *([get_rank()] if get_rank() else []))
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
 
 def check_finite(terms: Losses, step: int) -> None:
@@ -241,8 +283,8 @@ def check_finite(terms: Losses, step: int) -> None:
     Raises:
         ValueError: names the step and the terms.
     """
-    if not all(math.isfinite(float(term.detach())) for term in terms.values()):
-        values = ", ".join(f"{name} {float(term.detach()):g}" for name, term in terms.items())
+    if not all(math.isfinite(float(term)) for term in terms.values()):
+        values = ", ".join(f"{name} {float(term):g}" for name, term in terms.items())
         raise ValueError(f"the loss of step {step + 1} is not finite ({values}): lower lr, or look at the images")
 
 
@@ -259,13 +301,16 @@ def _step(
         torch.manual_seed(step_seed(settings, step))
         terms = loss_terms()
         loss = torch.stack(list(terms.values())).sum()
-    check_finite(terms, step)
+    means = all_reduce_mean(torch.stack([term.detach().float() for term in terms.values()]))
+    found = dict(zip(terms, means, strict=True))
+    check_finite(found, step)
     optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(loss)
+    average_gradients_(module.parameters())
     if settings.clip_grad > 0:
         nn.utils.clip_grad_norm_(module.parameters(), settings.clip_grad)
     optimizer.step()
-    return {name: term.detach() for name, term in terms.items()}
+    return found
 
 
 def _resume(

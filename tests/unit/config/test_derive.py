@@ -10,6 +10,14 @@ from dinov2_equi.config.derive import derive, scaled_lr
 from dinov2_equi.config.schema import Config
 
 
+def test_micro_batches_are_not_counted() -> None:
+    config = Config()
+    config.train.batch_size_per_gpu, config.train.gradient_accumulation_steps = 16, 4
+    derived = derive(config, world_size=32)
+    assert derived.batch_size_per_process == 64
+    assert derived == derive(Config(), world_size=32)
+
+
 def test_published_short_recipe_on_32_processes() -> None:
     derived = derive(Config(), world_size=32)
     assert derived.effective_batch_size == 64 * 32

@@ -37,6 +37,13 @@ def test_last_of_two_overrides_wins(load: Load) -> None:
     assert load(None, "train.seed=1", "train.seed=5").train.seed == 5
 
 
+def test_mixture_written_out_in_a_file_is_the_string_that_names_it(load: Load) -> None:
+    config = load("train:\n  dataset_path:\n    mix:\n    - {path: a + b, weight: 3}\n    - {path: é, weight: 1}\n")
+    assert config.train.dataset_path == 'mix:[{"path": "a + b", "weight": 3}, {"path": "é", "weight": 1}]'
+    with pytest.raises(ConfigError, match=r"train\.dataset_path must be text"):
+        load("train:\n  dataset_path: {mixture: []}\n")
+
+
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "train:\n", "train:\n  # seed: 1\noptim:\n"])
 def test_empty_file_or_section_changes_nothing(load: Load, text: str) -> None:
     assert load(text) == Config()
@@ -251,8 +258,8 @@ def test_range_error_says_where_the_value_was_set(load: Load) -> None:
         "train.cache_dataset=false",
         "optim.lr=0.1",
         "compute_precision.grad_scaler=false",
-        "compute_precision.student.backbone.mixed_precision.param_dtype=fp32",
-        "compute_precision.teacher.dino_head.sharding_strategy=NO_SHARD",
+        "compute_precision.student.backbone.mixed_precision.buffer_dtype=bf16",
+        "compute_precision.teacher.dino_head.mixed_precision.reduce_dtype=fp32",
     ],
 )
 def test_key_without_effect_warns_with_its_name_and_what_to_do(

@@ -32,6 +32,8 @@ WRONG_BY_TYPE: dict[Any, list[Any]] = {
 def out_of_range(key: str, hint: Any) -> list[Any]:
     if key in CHOICES or key in ("student.arch", "equi.family"):
         return ["", "no such word", "ViT\n", "é"]
+    if key == "data.value_range":
+        return [[1.0], [0.1, 0.1], [1.0, 0.0, 2.0]]  # empty: by the type of the image
     if hint is list[float]:
         return [[], [1.0], [0.9, 0.1] if not key.startswith("data.") else [0.1, 0.1], [0.1] * 7]
     return [-1, -(10**9)] if hint in (int, float, int | None) else []

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 
-from dinov2_equi.data.samplers import PositionSampler, RandomStream, SampleOrder, random_generator, random_uniforms
+from dinov2_equi.data.samplers import (
+    BlockOrder,
+    KeyedPermutation,
+    PositionSampler,
+    RandomStream,
+    SampleOrder,
+    random_generator,
+    random_uniforms,
+)
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 7, 100])
@@ -37,11 +48,71 @@ def test_position_alone_decides_whatever_was_asked_before() -> None:
         assert anywhere.index(int(position)) == expected[position]
 
 
-def test_a_long_run_does_not_keep_old_epochs() -> None:
-    order = SampleOrder(10, seed=0)
-    for position in range(300):
-        order.index(position)
-    assert len(order._permutations) <= 2
+def test_every_image_stands_at_every_place_equally_often() -> None:
+    num_samples, num_epochs = 12, 1500
+    order = SampleOrder(num_samples, seed=1)
+    rows = np.array([[order.index(12 * epoch + place) for place in range(12)] for epoch in range(num_epochs)])
+    at_places = np.stack([np.bincount(column, minlength=num_samples) for column in rows.T])
+    steps = np.bincount((np.diff(rows, axis=1) % num_samples).ravel(), minlength=num_samples)[1:]
+    for counts in (at_places, steps):
+        # 5 standard deviations: of 155 counts one is beyond by chance in 10,000 seeds.
+        assert np.abs(counts - counts.mean()).max() < 5 * math.sqrt(counts.mean())
+
+
+def test_orders_of_three_images_come_equally_often() -> None:
+    order = SampleOrder(3, seed=0)
+    orders = [tuple(order.index(3 * epoch + place) for place in range(3)) for epoch in range(1800)]
+    counts = [orders.count(permutation) for permutation in itertools.permutations(range(3))]
+    assert max(abs(count - 300) for count in counts) < 5 * math.sqrt(300)
+
+
+@pytest.mark.parametrize("num_samples", [63, 64, 65, 1000, 4097])
+def test_numbers_are_permuted_whatever_their_bits(num_samples: int) -> None:
+    permutation = KeyedPermutation(num_samples, [1, 2, 3, 4])
+    assert sorted(permutation(number) for number in range(num_samples)) == list(range(num_samples))
+
+
+def test_an_order_of_100_million_images_takes_time_or_memory_to_start() -> None:
+    tracemalloc.start()
+    started = time.thread_time()
+    order = SampleOrder(100_000_000, seed=0)
+    images = [order.index(position) for position in (0, 99_999_999, 100_000_000, 10**15)]
+    seconds, (_, peak) = time.thread_time() - started, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(set(images)) == 4 and max(images) < 100_000_000
+    assert seconds < 0.1 and peak < 100_000  # some 0.2 ms on an idle core, traced
+
+
+LENGTHS = np.array([5, 0, 3, 7, 1, 4, 6, 2])
+
+
+def test_an_epoch_by_blocks_holds_every_image_once_and_few_blocks_at_a_time() -> None:
+    order, buffer, total = BlockOrder(LENGTHS, 3, seed=2), 3, int(LENGTHS.sum())
+    ends = np.cumsum(LENGTHS)
+    epochs = [[order.index(total * epoch + offset) for offset in range(total)] for epoch in range(3)]
+    for images in epochs:
+        assert sorted(images) == list(range(total))
+        blocks = [int(np.searchsorted(ends, image, side="right")) for image in images]
+        last = {block: place for place, block in enumerate(blocks)}
+        first = {block: blocks.index(block) for block in last}
+        in_use = [sum(first[block] <= place <= last[block] for block in last) for place in range(total)]
+        assert max(in_use) <= buffer
+        assert any(blocks[place] != blocks[place + 1] != blocks[place + 2] for place in range(total - 2))  # shuffled
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_position_alone_decides_by_blocks_too() -> None:
+    expected = [BlockOrder(LENGTHS, 2, seed=4).index(position) for position in range(120)]
+    anywhere = BlockOrder(LENGTHS, 2, seed=4)
+    for position in np.random.default_rng(0).integers(0, 120, 300):
+        assert anywhere.index(int(position)) == expected[position]
+    assert expected != [BlockOrder(LENGTHS, 2, seed=5).index(position) for position in range(120)]
+
+
+def test_blocks_without_images_or_a_buffer_are_refused() -> None:
+    for lengths, buffer in ((np.array([0, 0]), 1), (LENGTHS, 0)):
+        with pytest.raises(ValueError, match="images and a buffer of 1 or more"):
+            BlockOrder(lengths, buffer, seed=0)
 
 
 def test_streams_are_independent_of_each_other() -> None:

@@ -16,6 +16,7 @@ from dinov2_equi.distributed.collectives import (
     average_gradients_,
     gather_bytes,
     gather_rows,
+    gather_values,
     largest_of_ranks,
     sum_over_ranks,
 )
@@ -111,6 +112,22 @@ def test_batch_norm_of_maps_sees_one_rank_alone(tmp_path: Path) -> None:
     on_ranks(2, tmp_path, check)
 
 
+def test_running_statistics_are_those_of_one_rank(tmp_path: Path) -> None:
+    maps = torch.randn(4, 3, 5, 7, generator=torch.Generator().manual_seed(2)) * 2 + 1
+    wanted = nn.BatchNorm2d(3)
+    for _ in range(2):
+        wanted(maps)
+
+    def check(rank: int) -> None:
+        norm = BatchNorm2d(3, has_running_stats=True)
+        for _ in range(2):
+            norm(maps[2 * rank : 2 * rank + 2])
+        for name, value in wanted.state_dict().items():
+            torch.testing.assert_close(norm.state_dict()[name], value, rtol=1e-5, atol=1e-5)  # sums in another order
+
+    on_ranks(2, tmp_path, check)
+
+
 def test_small_and_large_gradients_are_averaged_one_by_one(tmp_path: Path) -> None:
     shapes = [(3,), (40, 500), (), (7, 2)]
 
@@ -133,6 +150,15 @@ def test_numbers_and_bytes_of_ranks_arrive_in_another_order(tmp_path: Path) -> N
         assert [part.tolist() for part in parts] == [[0, 200], [1, 200], [2, 200]]
 
     on_ranks(3, tmp_path, check)
+
+
+def test_values_of_ranks_lose_digits_or_their_order(tmp_path: Path) -> None:
+    def check(rank: int) -> None:
+        values = gather_values([{"a": 0.1 + rank}] * rank, CPU)
+        assert values == [[], [{"a": 1.1}], [{"a": 2.1}] * 2]
+
+    on_ranks(3, tmp_path, check)
+    assert gather_values({"a": 0.1}, CPU) == [{"a": 0.1}]
 
 
 def test_a_single_process_needs_a_group() -> None:

@@ -10,7 +10,17 @@ import pytest
 from PIL import Image
 
 from dinov2_equi.data.datasets.video_clips import read_index_mask
-from dinov2_equi.evaluation.mask_pictures import mask_palette, overlay, shrink, write_gif, write_index_mask
+from dinov2_equi.evaluation.mask_pictures import (
+    MAX_GIF_FRAMES,
+    mask_palette,
+    max_animation_frames,
+    overlay,
+    shrink,
+    write_animation,
+    write_gif,
+    write_index_mask,
+    write_mp4,
+)
 
 GREY = np.full((12, 20, 3), 100, dtype=np.uint8)
 
@@ -71,3 +81,37 @@ def test_half_an_animation_is_left_behind(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one picture"):
         write_gif(tmp_path / "a.gif", [])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_film_lacks_frames_or_has_other_colours(tmp_path: Path) -> None:
+    encoder = pytest.importorskip("imageio_ffmpeg")
+    pictures = [np.full((31, 45, 3), (40 * number, 100, 30), dtype=np.uint8) for number in range(5)]
+    path = write_animation(tmp_path / "out" / "a.b", iter(pictures))
+    assert path == tmp_path / "out" / "a.b.mp4" and max_animation_frames() is None
+    about, *frames = encoder.read_frames(str(path))
+    assert about["source_size"] == (46, 32) and about["fps"] == 12 and about["codec"] == "h264"
+    found = [np.frombuffer(frame, np.uint8).reshape(32, 46, 3)[4, 4].astype(int) for frame in frames]
+    assert len(found) == 5
+    for number, colour in enumerate(found):
+        assert np.abs(colour - (40 * number, 100, 30)).max() <= 12  # colours are compressed
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.b.mp4"]
+
+
+def test_half_a_film_is_left_behind(tmp_path: Path) -> None:
+    pytest.importorskip("imageio_ffmpeg")
+
+    def broken() -> Iterator[np.ndarray]:
+        yield GREY
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_mp4(tmp_path / "a.mp4", broken())
+    with pytest.raises(ValueError, match="at least one picture"):
+        write_mp4(tmp_path / "a.mp4", [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_an_encoder_there_is_no_animation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert max_animation_frames() == MAX_GIF_FRAMES
+    assert write_animation(tmp_path / "a", [GREY]).read_bytes().startswith(b"GIF")

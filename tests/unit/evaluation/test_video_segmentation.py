@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from dinov2_equi.data.datasets.base import DatasetError
 from dinov2_equi.data.datasets.video_clips import VideoClip, folder_clips, read_index_mask
+from dinov2_equi.evaluation import video_segmentation
 from dinov2_equi.evaluation.eval_model import EvalModel
 from dinov2_equi.evaluation.label_propagation import PropagationSettings
 from dinov2_equi.evaluation.mask_metrics import ClassCounts, ObjectScores, boundary_measure, region_similarity
@@ -23,6 +25,7 @@ from dinov2_equi.evaluation.video_segmentation import (
     backbone_identity,
     clip_pictures,
     measure_clip,
+    new_state,
     read_record,
     record_key,
     score_clip,
@@ -155,22 +158,73 @@ def test_a_finished_clip_is_measured_again(tmp_path: Path, model: EvalModel, cli
     assert len(model.backbone.seen) == 3 * passes  # type: ignore[arg-type]
 
 
-def test_a_clip_that_was_interrupted_counts_as_finished(
-    tmp_path: Path, model: EvalModel, clip: VideoClip, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("metric", ["j_and_f", "miou"])
+@pytest.mark.parametrize("protocol", ["dino", "cropmae"])
+@pytest.mark.parametrize("stop_after", [1, 3, 4])
+def test_a_clip_that_was_stopped_starts_anew_or_ends_otherwise(
+    tmp_path: Path, model: EvalModel, clip: VideoClip, monkeypatch: pytest.MonkeyPatch, protocol: str, metric: str,
+    stop_after: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(video_segmentation, "SAVE_EVERY", 2)
+    propagation = PropagationSettings(radius=3, context=2, protocol=protocol, temperature=0.3)
+    settings = replace(SETTINGS, propagation=propagation, metric=metric)
     done: list[int] = []
 
     def stop() -> None:
         done.append(1)
-        if len(done) == 3:
+        if len(done) == stop_after:
+            raise KeyboardInterrupt
+
+    options = {"identity": backbone_identity(model)}
+    whole = measure_clip(model, clip, settings, tmp_path / "other", **options)
+    passes = len(model.backbone.seen)  # type: ignore[arg-type]
+    with pytest.raises(KeyboardInterrupt):
+        measure_clip(model, clip, settings, tmp_path / "out", on_frame=stop, **options)
+    assert not (tmp_path / "out" / "clips").exists()
+    del model.backbone.seen[passes:]  # type: ignore[attr-defined]
+    assert measure_clip(model, clip, settings, tmp_path / "out", **options) == whole
+    for path in (tmp_path / "other" / "masks" / clip.name).iterdir():
+        np.testing.assert_array_equal(
+            read_index_mask(tmp_path / "out" / "masks" / clip.name / path.name), read_index_mask(path)
+        )
+    assert not list((tmp_path / "out" / "partial").iterdir())
+
+
+def test_a_long_clip_is_read_from_its_start_after_a_stop(
+    tmp_path: Path, model: EvalModel, clip: VideoClip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(video_segmentation, "SAVE_EVERY", 20)
+    assert clip.masks[0] is not None
+    long = VideoClip("long", clip.frames[:1] * 24, clip.masks[:1] * 24)
+    settings = replace(SETTINGS, batch_size=1, propagation=PropagationSettings(radius=1, context=2))
+    done: list[int] = []
+
+    def stop() -> None:
+        done.append(1)
+        if len(done) == 21:
             raise KeyboardInterrupt
 
     options = {"identity": backbone_identity(model)}
     with pytest.raises(KeyboardInterrupt):
-        measure_clip(model, clip, SETTINGS, tmp_path / "out", on_frame=stop, **options)
-    assert not (tmp_path / "out" / "clips").exists()
-    whole = measure_clip(model, clip, SETTINGS, tmp_path / "other", **options)
-    assert measure_clip(model, clip, SETTINGS, tmp_path / "out", **options) == whole
+        measure_clip(model, long, settings, tmp_path, on_frame=stop, **options)
+    before = len(model.backbone.seen)  # type: ignore[arg-type]
+    measure_clip(model, long, settings, tmp_path, **options)
+    assert len(model.backbone.seen) - before == 1 + 2 + 4  # type: ignore[arg-type]
+
+
+def test_memory_grows_with_the_length_of_a_clip(model: EvalModel, clip: VideoClip) -> None:
+    def alive(count: int) -> int:
+        long = VideoClip("long", clip.frames[:1] * count, clip.masks[:1] * count)
+        settings = replace(SETTINGS, batch_size=1, propagation=PropagationSettings(radius=1, context=3))
+        before = sum(type(item) is Tensor for item in gc.get_objects())
+        masks = segment_clip(model, long, settings, state=new_state(long, "j_and_f"))
+        for _ in range(count):
+            next(masks)
+        found = sum(type(item) is Tensor for item in gc.get_objects()) - before
+        masks.close()  # type: ignore[attr-defined]
+        return found
+
+    assert alive(8) == alive(16) > 0
 
 
 @pytest.mark.parametrize("metric", ["j_and_f", "miou"])
@@ -200,6 +254,36 @@ def test_faults_of_masks_are_not_named(model: EvalModel, clip: VideoClip) -> Non
     write_index_mask(clip.masks[0], np.zeros((H, W), dtype=np.uint8))
     with pytest.raises(DatasetError, match=r"0\.png holds no object"):
         score_clip(clip, segment_clip(model, clip, SETTINGS), "j_and_f", on_mask=lambda *_: None)
+
+
+def test_an_object_that_is_not_in_the_first_mask_is_scored_or_stops_the_clip(model: EvalModel, clip: VideoClip) -> None:
+    assert clip.masks[2] is not None
+    later = square(2)
+    later[25:30, 30:40] = 9
+    write_index_mask(clip.masks[2], later)
+    perfect = [square(t) for t in range(COUNT)]
+    objects = score_clip(clip, iter(perfect), "j_and_f", on_mask=lambda *_: None)
+    assert isinstance(objects.propagated, ObjectScores) and objects.propagated.region == {5: [1.0] * 3}
+    classes = score_clip(clip, iter(perfect), "miou", on_mask=lambda *_: None)
+    assert isinstance(classes.propagated, ClassCounts)
+    found = classes.propagated.intersection_over_union()
+    assert found[9] == 0 and found[5] == 1  # of classes every one counts that is true somewhere
+
+
+def test_grey_frames_stop_a_clip(model: EvalModel, clip: VideoClip) -> None:
+    for path in clip.frames:
+        with Image.open(path) as image:
+            image.split()[0].save(path)
+    assert agree(list(segment_clip(model, clip, SETTINGS))[3], square(3))
+
+
+def test_a_first_mask_of_another_size_than_its_frames_stops_the_clip(model: EvalModel, clip: VideoClip) -> None:
+    for t, path in enumerate(clip.masks):
+        assert path is not None
+        write_index_mask(path, square(t).repeat(2, axis=0).repeat(2, axis=1))
+    masks = segment_clip(model, clip, SETTINGS)
+    record = score_clip(clip, masks, "j_and_f", on_mask=lambda *_: None)
+    assert isinstance(record.propagated, ObjectScores) and min(record.propagated.region[5]) > 0.9
 
 
 def test_an_object_that_is_lost_between_the_patches_is_not_named(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dinov2_equi.config.schema import Config
+from dinov2_equi.distributed.setup import Launch
 from dinov2_equi.run import launch
 from dinov2_equi.run.launch import Allocation, allocation_of, is_for_slurm
 
@@ -57,7 +60,7 @@ class RecordingExecutor:
     """Stands in for submitit's."""
 
     parameters: dict[str, Any]
-    job: launch.TrainJob
+    job: launch.CommandJob
 
     def __init__(self, folder: Path) -> None:
         type(self).parameters = {"folder": folder}
@@ -65,7 +68,7 @@ class RecordingExecutor:
     def update_parameters(self, **parameters: Any) -> None:
         type(self).parameters |= parameters
 
-    def submit(self, job: launch.TrainJob) -> Any:
+    def submit(self, job: launch.CommandJob) -> Any:
         type(self).job = job
         return argparse.Namespace(job_id=17)
 
@@ -84,7 +87,7 @@ def test_the_job_uses_what_is_edited_later_or_guesses_a_cluster(
     assert asked["additional_parameters"] == {"requeue": True}
     assert not {"partition", "time", "gpus_per_node", "cpus_per_task"} & asked.keys()
     arguments = RecordingExecutor.job.arguments
-    assert arguments[:2] == ["--launcher", "inline"] and arguments[-1] == "--eval-only"
+    assert arguments[-3:] == ["--eval-only", "--launcher", "inline"]
     assert Path(arguments[arguments.index("--config-file") + 1]) == tmp_path / "slurm" / "config.yaml"
 
 
@@ -92,3 +95,106 @@ def test_a_machine_without_slurm_waits_for_it(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("shutil.which", lambda _: None)
     with pytest.raises(ValueError, match="sbatch was not found"):
         launch.submit(Config(), tmp_path, Allocation())
+
+
+def eval_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--set", nargs="*")
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path)
+    launch.add_arguments(parser)
+    return parser
+
+
+def run_launched(words: list[str], ran: list[str], check: Callable[[argparse.Namespace], None] | None = None) -> int:
+    def command(args: argparse.Namespace) -> int:
+        ran.append(args.device)
+        return 0
+
+    script = launch.ROOT / "eval" / "depth" / "run.py"
+    return launch.run_launched(
+        command, eval_parser(), words, script=script, check=check or (lambda args: None), interrupted="stopped"
+    )
+
+
+def test_a_harness_is_submitted_with_its_options_of_slurm_or_without_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("submitit.SlurmExecutor", RecordingExecutor)
+    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/sbatch")
+    config = tmp_path / "mine.yaml"
+    config.write_text("steps: 3\n")
+    output = tmp_path / "out"
+    words = ["--config", str(config), "--nodes", "2", "--set", "a=1", "b=2", "--part", "p", "--slurm", "account=x"]
+    ran: list[str] = []
+    # CUDA on this machine is not asked for: the job runs on others.
+    assert run_launched([*words, "--device", "cuda:7", "--output", str(output)], ran) == 0
+    assert not ran and "job 17 was submitted; its log: " in capsys.readouterr().out
+    copy = output / "slurm" / "config.yaml"
+    kept = ["--config", str(config), "--set", "a=1", "b=2", "--device", "cuda:7", "--output", str(output)]
+    assert RecordingExecutor.job.arguments == [
+        *kept, "--output", str(output), "--config", str(copy), "--launcher", "inline",
+    ]  # fmt: skip
+    assert RecordingExecutor.parameters["partition"] == "p"
+    assert copy.read_text() == "steps: 3\n"
+    assert (output / "slurm" / "code" / RecordingExecutor.job.script).is_file()
+
+
+def test_a_fault_that_a_harness_could_see_waits_in_the_queue(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def check(_: argparse.Namespace) -> None:
+        raise ValueError("there is no folder nowhere")
+
+    assert run_launched(["--nodes", "2", "--output", str(tmp_path)], [], check) == 2
+    assert capsys.readouterr().err == "error: there is no folder nowhere\n"
+
+
+def test_a_harness_here_is_not_run(capsys: pytest.CaptureFixture[str]) -> None:
+    ran: list[str] = []
+    assert run_launched([], ran) == 0 and ran == ["cpu"]
+    assert run_launched(["--device", "cuda:99"], ran) == 2 and ran == ["cpu"]
+    assert "CUDA devices" in capsys.readouterr().err
+
+
+def test_a_process_has_the_device_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    second = Launch(world_size=4, rank=3, local_rank=1)
+    assert launch.device_of("cuda", second) == "cuda:1" and launch.device_of("cpu", second) == "cpu"
+    assert launch.device_of("cuda:1", Launch()) == "cuda:1"
+    with pytest.raises(ValueError, match="give --device cuda"):
+        launch.device_of("cuda:1", second)
+    with pytest.raises(ValueError, match="--nproc-per-node 2"):
+        launch.device_of("cuda", Launch(world_size=3, rank=2, local_rank=2))
+
+
+class FakeJob:
+    """Stands in for what submitit says of a task."""
+
+    num_tasks, global_rank, local_rank, hostnames, raw_job_id = 1, 0, 0, ("localhost",), "17"
+
+
+@pytest.mark.parametrize(("code", "is_queued"), [(0, False), (2, False), (75, True)])
+def test_a_stopped_job_is_not_queued_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, is_queued: bool
+) -> None:
+    (tmp_path / "eval").mkdir()
+    text = f"def main(argv):\n    assert argv == ['--launcher', 'inline']\n    return {code}\n"
+    (tmp_path / "eval" / "run.py").write_text(text)
+    calls: list[list[str]] = []
+    monkeypatch.setattr(launch, "ROOT", tmp_path)
+    monkeypatch.setattr("submitit.JobEnvironment", FakeJob)
+    monkeypatch.setattr("subprocess.run", lambda words, check: calls.append(words))
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "before")  # put back after the test
+    job = launch.CommandJob(Path("eval/run.py"), [])
+    if code:
+        with pytest.raises(SystemExit) as stopped:
+            job()
+        assert stopped.value.code == code
+    else:
+        job()
+    assert os.environ["MASTER_ADDR"] == "localhost"
+    assert calls == ([["scontrol", "requeue", "17"]] if is_queued else [])

@@ -36,7 +36,8 @@ def make_batch() -> Callable[..., Batch]:
 
     def make(cfg: Config, *, seed: int = 0, size: tuple[int, int] | None = None) -> Batch:
         generator = torch.Generator().manual_seed(seed)
-        B, L, p = cfg.train.batch_size_per_gpu, cfg.crops.local_crops_number, cfg.student.patch_size
+        B = derive(cfg, world_size=1).batch_size_per_process
+        L, p = cfg.crops.local_crops_number, cfg.student.patch_size
         H, W = size or (cfg.crops.global_crops_size, cfg.crops.global_crops_size)
         masks = torch.zeros(2 * B, (H // p) * (W // p), dtype=torch.bool)
         if cfg.ibot.mask_sample_probability > 0:

@@ -57,7 +57,7 @@ def test_compiled_blocks_give_other_gradients_or_names(
     monkeypatch.setattr(torch, "compile", lambda module, **kw: compile_in_earnest(module, backend="eager", **kw))
     batch = make_batch(model.cfg)
     expected, names = gradients(model, batch), list(model.state_dict())
-    assert compile_blocks_(model)
+    assert compile_blocks_(model, torch.device("cpu"))
     found = gradients(model, batch)
     assert list(model.state_dict()) == names
     for name, gradient in expected.items():
@@ -73,7 +73,7 @@ def test_a_compiler_that_fails_ends_the_run(
     monkeypatch.setattr(acceleration.torch, "compile", broken)
     state = torch.get_rng_state()
     with caplog.at_level(logging.WARNING):
-        assert not compile_blocks_(model)
+        assert not compile_blocks_(model, torch.device("cpu"))
     assert "no C compiler here" in caplog.text
     assert torch.equal(torch.get_rng_state(), state)
     assert gradients(model, make_batch(model.cfg))
@@ -83,7 +83,7 @@ def test_a_compiler_that_fails_ends_the_run(
 def test_blocks_cannot_be_compiled_in_earnest(model: SSLMetaArch, make_batch: Callable[..., Batch]) -> None:
     batch = make_batch(model.cfg)
     expected = gradients(model, batch)
-    assert compile_blocks_(model)
+    assert compile_blocks_(model, torch.device("cpu"))
     found = gradients(model, batch)
     for name, gradient in expected.items():  # fused sums
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5)

@@ -279,13 +279,17 @@ def test_changed_identity_is_refused_with_both_values(key: str, before: str, now
     assert "--no-resume" in message
 
 
+IMAGES = "batch_size_per_gpu x train.gradient_accumulation_steps x processes"
+
+
 def test_a_run_goes_on_with_fewer_images_in_a_step(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = checkpoint_of(make_config())  # 4 images on one process
-    with pytest.raises(ResumeError, match="batch_size_per_gpu x processes: was 4, now 2"):
+    with pytest.raises(ResumeError, match=f"{IMAGES}: was 4, now 2"):
         check_same_run(begun, make_config("train.batch_size_per_gpu=2"))
     monkeypatch.setattr(state_module, "get_world_size", lambda: 2)
     check_same_run(begun, make_config("train.batch_size_per_gpu=2"))
-    with pytest.raises(ResumeError, match="batch_size_per_gpu x processes: was 4, now 8"):
+    check_same_run(begun, make_config("train.batch_size_per_gpu=1", "train.gradient_accumulation_steps=2"))
+    with pytest.raises(ResumeError, match=f"{IMAGES}: was 4, now 8"):
         check_same_run(begun, make_config())
 
 

@@ -46,6 +46,25 @@ def test_depth_of_another_size_than_its_image_is_taken(tmp_path: Path) -> None:
         make_depth_set("folder", tmp_path, "train").load(0)
 
 
+@pytest.mark.parametrize("mode", ["L", "I;16", "LA"])
+def test_grey_image_has_one_channel(tmp_path: Path, mode: str) -> None:
+    for name in ("1", "2"):
+        write_pair(tmp_path / f"images/{name}.png", tmp_path / f"depth/{name}.png", np.full((4, 6), 1000))
+        value = 40000 if mode == "I;16" else 120
+        grey = np.full((4, 6), value, np.uint16 if mode == "I;16" else np.uint8)
+        (Image.fromarray(grey) if mode == "I;16" else Image.fromarray(grey).convert(mode)).save(
+            tmp_path / f"images/{name}.png"
+        )
+    image, depth = make_depth_set("folder", tmp_path, "train").load(0)
+    assert image.shape == (3, 4, 6) and torch.equal(image[0], image[2]) and 100 < int(image[0, 0, 0]) < 200
+    assert (depth == 1.0).all()
+
+
+def test_missing_folder_does_not_say_how_it_must_lie(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"there is no folder .*nowhere; it would hold one of images, .*\.depth"):
+        make_depth_set("folder", tmp_path / "nowhere", "train")
+
+
 @pytest.mark.parametrize("layout", ["list", "folders"])
 def test_nyu_is_read_wrongly(tmp_path: Path, layout: str) -> None:
     values = np.full((480, 640), 2500)

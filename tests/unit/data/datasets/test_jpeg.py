@@ -11,12 +11,16 @@ from PIL import Image
 
 from dinov2_equi.data.datasets import jpeg
 from dinov2_equi.data.datasets.base import UnreadableImageError, image_to_tensor
-from dinov2_equi.data.datasets.decode import MAX_PIXELS, read_rgb, read_tensor
+from dinov2_equi.data.datasets.decode import MAX_PIXELS, decode_tensor, read_rgb
 from dinov2_equi.data.datasets.sample_photos import SamplePhotos
 
 ORIENTATION = 0x0112
 
 pytest.importorskip("simplejpeg")
+
+
+def read_tensor(path: Path, min_short_side: int | None = None) -> torch.Tensor:
+    return decode_tensor(path, str(path), min_short_side)
 
 
 def save(path: Path, mode: str = "RGB", size: tuple[int, int] = (201, 150), **options: object) -> bytes:

@@ -36,7 +36,7 @@ def test_synthetic_and_its_options() -> None:
 
 def test_image_net_as_dinov2_writes_it(tmp_path: Path) -> None:
     save_image(tmp_path / "val" / "n01" / "x.png")
-    dataset = make_dataset(f"ImageNet:split=VAL:root={tmp_path}:extra=/not/there")
+    dataset = make_dataset(f"ImageNet:split=VAL:root={tmp_path}:extra={tmp_path / 'extra'}")
     assert isinstance(dataset, ImageNet) and len(dataset) == 1
 
 

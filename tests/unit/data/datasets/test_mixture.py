@@ -81,16 +81,27 @@ def test_one_string_names_a_mixture_of_any_data_sets(tmp_path: Path) -> None:
     assert len(make_dataset(f"mix:{tmp_path}/a+b + synthetic:length=4")) == 6
 
 
+def test_a_list_of_paths_and_weights_names_a_mixture_too() -> None:
+    mixture = make_dataset("mix: [{path: 'synthetic:length=4', weight: 3}, {path: synthetic, weight: 0.5}]")
+    assert isinstance(mixture, Mixture) and mixture.weights == (3, 0.5)
+    assert [len(part) for part in mixture.parts] == [4, 64]
+    assert len(make_dataset("mix:[{path: 'synthetic:length=4'}, {path: synthetic}]")) == 68
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("mix:", "expected data sets between ' . '"),
+        ("mix:", "expected data sets, no mixture among them"),
         ("mix:synthetic + ", "expected data sets between|neither a known"),
         ("mix:2*synthetic + synthetic", "every data set a weight, or none; the form is mix:"),
         ("mix:0*synthetic", "a weight must be a number above 0; got '0'"),
         ("mix:-1*synthetic", "a weight must be a number above 0; got '-1'"),
         ("mix:1-1*synthetic", "a weight must be a number above 0; got '1-1'"),
         ("mix:mix:synthetic", "no mixture among them"),
+        ("mix:[{path: synthetic, weight: 0}]", "a weight must be a number above 0; got '0'"),
+        ("mix:[{path: synthetic, wait: 1}]", "expected a list of entries {path: DATASET, weight: NUMBER}"),
+        ("mix:[synthetic, synthetic]", "expected a list of entries"),
+        ("mix:[{path: synthetic", "the list cannot be read"),
         ("mix:2*synthetik", "did you mean 'synthetic'"),
         ("mix:2*synthetic:lenght=3", "did you mean 'length'"),
     ],

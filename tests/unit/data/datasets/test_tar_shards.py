@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2_equi.data.datasets import tar_shards
+from dinov2_equi.data.datasets import stored_index, tar_shards
 from dinov2_equi.data.datasets.base import DatasetError, UnreadableImageError
 from dinov2_equi.data.datasets.make import make_dataset
-from dinov2_equi.data.datasets.tar_shards import ENTRY, INDEX_FOLDER, TarShards
+from dinov2_equi.data.datasets.stored_index import INDEX_FOLDER, Arrays
+from dinov2_equi.data.datasets.tar_shards import ENTRY, TarShards
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +91,7 @@ def test_index_is_written_once_and_again_when_a_shard_changes(shards: Path, monk
     TarShards(pattern)
     assert len(list((shards / INDEX_FOLDER).iterdir())) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(tar_shards, "_scan", lambda shards: pytest.fail("read again without need"))
+        patch.setattr(tar_shards, "_scan", lambda *arguments: pytest.fail("read again without need"))
         assert len(TarShards(pattern)) == 12
     write_shard(shards / "train-002.tar", {"x.png": png(1), "y.png": png(2)})
     assert len(TarShards(pattern)) == 10
@@ -108,14 +109,14 @@ def test_damaged_index_is_written_anew(shards: Path) -> None:
 def test_index_goes_to_the_cache_where_the_folder_cannot_be_written_to(
     shards: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = tar_shards._save
+    save = stored_index._save
 
-    def refuse(index: tar_shards._Index, place: Path) -> None:  # the tests may run as root, who may write anywhere
+    def refuse(arrays: Arrays, place: Path) -> None:  # the tests may run as root, who may write anywhere
         if INDEX_FOLDER in place.parts:
             raise PermissionError(place)
-        save(index, place)
+        save(arrays, place)
 
-    monkeypatch.setattr(tar_shards, "_save", refuse)
+    monkeypatch.setattr(stored_index, "_save", refuse)
     assert len(TarShards(str(shards / "*.tar"))) == 12
     assert not (shards / INDEX_FOLDER).exists() and len(list((cache / "dinov2_equi" / "index").iterdir())) == 1
 
@@ -158,3 +159,15 @@ def test_faults_say_what_was_found_and_what_to_do(tmp_path: Path) -> None:
     ):
         with pytest.raises(DatasetError, match=message):
             make_dataset(str(tmp_path / name))
+
+
+def test_image_net_22k_has_a_shard_for_each_class(tmp_path: Path) -> None:
+    for number, name in enumerate(("n02", "n01", "n10")):
+        files = {f"{name}_{10 * number + image}.JPEG": png(10 * number + image) for image in range(number + 1)}
+        write_shard(tmp_path / "whole" / f"{name}.tar", files)
+    dataset = make_dataset(f"ImageNet22k:root={tmp_path / 'whole'}:extra=/not/read")
+    assert dataset.classes == ["n01", "n02", "n10"] and dataset.targets == [0, 0, 1, 2, 2, 2]
+    assert dataset.name(2) == "n02.tar/n02_0.JPEG"
+    assert np.array_equal(dataset.load(4), Image.open(io.BytesIO(png(21))))
+    with pytest.raises(DatasetError, match=r"<class>\.tar, such as n01440764\.tar, in .*/none"):
+        make_dataset(f"ImageNet22k:root={tmp_path / 'none'}")

@@ -85,7 +85,7 @@ def test_depth_has_another_size_than_the_image_or_leaves_its_range(head: str, si
     assert ((found.depth >= 0.5) & (found.depth <= 4.0)).all()
     known = torch.ones(2, 1, *size, dtype=torch.bool)
     terms = model.losses(torch.rand(2, 3, *size), torch.full((2, 1, *size), 2.0), known, changed(bins_weight=0.5))
-    assert set(terms) == {"silog_loss", "bins_loss"}
+    assert set(terms) == {"silog_loss", "gradient_loss", "bins_loss"}
     sum(terms.values()).backward()  # type: ignore[union-attr]
     assert all(parameter.grad is not None for parameter in model.head.parameters())
 
@@ -129,7 +129,7 @@ def test_measure_of_a_constant_differs_from_arithmetic(dataset: DepthSet) -> Non
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"head": "mlp"}, "linear, linear4, dpt"), ({"bins": 1}, "bins >= 2"), ({"silog_weight": 0.0}, "one of them")],
+    [({"head": "mlp"}, "linear, linear4, dpt"), ({"bins": 1}, "bins >= 2"), ({"silog_weight": 0.0}, "slopes alone")],
 )
 def test_wrong_recipe_is_taken(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):

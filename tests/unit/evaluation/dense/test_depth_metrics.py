@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from dinov2_equi.evaluation.dense.depth_metrics import METRICS, MeanOfImages, bins_loss, depth_metrics, silog_loss
+from dinov2_equi.evaluation.dense.depth_metrics import (
+    METRICS,
+    MeanOfImages,
+    bins_loss,
+    depth_metrics,
+    gradient_loss,
+    silog_loss,
+)
 
 
 def drawn(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -74,7 +81,8 @@ def test_mean_over_images_weighs_their_pixels() -> None:
     first, second = (depth_metrics(*drawn(seed)) for seed in (0, 1))
     mean.add(first)
     mean.add(second)
-    assert mean.result() == pytest.approx({name: (first[name] + second[name]) / 2 for name in METRICS})
+    wanted = {name: (first[name] + second[name]) / 2 for name in METRICS} | {"num_images": 2}
+    assert mean.result() == pytest.approx(wanted)
     with pytest.raises(ValueError, match="at least one image"):
         MeanOfImages().result()
 
@@ -117,3 +125,45 @@ def test_depth_at_or_beyond_the_last_bin_has_no_loss(depth: float) -> None:
     shares = torch.full((1, 5, 1, 1), 0.2)
     loss = bins_loss(shares, torch.linspace(1, 5, 5), torch.full((1, 1, 1, 1), depth), torch.ones(1, 1, 1, 1) > 0)
     assert float(loss) == pytest.approx(math.log(5), rel=1e-5)  # float32
+
+
+def gradients_by_loop(prediction: np.ndarray, truth: np.ndarray, known: np.ndarray) -> float:
+    """Return the loss of images [B, H, W] from its description."""
+    total = 0.0
+    for step in (1, 2, 4, 6):
+        rows, columns = range(0, truth.shape[1], step), range(0, truth.shape[2], step)
+        slopes, count = 0.0, 0
+        for b in range(len(truth)):
+            for i, y in enumerate(rows):
+                for j, x in enumerate(columns):
+                    count += int(known[b, y, x])
+                    for other in ((i + 2, j), (i, j + 2)):
+                        if other[0] >= len(rows) or other[1] >= len(columns):
+                            continue
+                        v, u = rows[other[0]], columns[other[1]]
+                        if known[b, y, x] and known[b, v, u]:
+                            g = math.log(prediction[b, y, x] / truth[b, y, x])
+                            slopes += abs(math.log(prediction[b, v, u] / truth[b, v, u]) - g)
+        total += slopes / count
+    return total
+
+
+def test_loss_of_slopes_differs_from_a_plain_loop() -> None:
+    generator = torch.Generator().manual_seed(0)
+    prediction, truth = torch.rand(2, 2, 1, 19, 23, generator=generator) * 4 + 0.5
+    known = torch.rand(2, 1, 19, 23, generator=generator) > 0.3
+    wanted = gradients_by_loop(*(values[:, 0].numpy() for values in (prediction, truth, known)))
+    assert float(gradient_loss(prediction, truth, known)) == pytest.approx(wanted, rel=1e-5)  # float32
+
+
+def test_loss_of_slopes_knows_the_scale_or_the_unknown_pixels() -> None:
+    _, truth, known = (values[None, None] for values in drawn())
+    prediction = (3 * truth).requires_grad_()
+    # 1e-5: float32 rounds the factor away from exactly 3
+    assert float(gradient_loss(prediction, truth, known).detach()) == pytest.approx(0, abs=1e-5)
+    hidden = torch.where(known, truth, 0.0)
+    loss = gradient_loss(prediction, hidden, known)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(0, abs=1e-5)
+    assert prediction.grad is not None and prediction.grad.isfinite().all()
+    assert float(gradient_loss(prediction, truth, torch.zeros_like(known)).detach()) == 0

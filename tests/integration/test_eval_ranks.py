@@ -1,0 +1,178 @@
+"""The harnesses of dense tasks on several processes: the same numbers as one, files of the first process alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from dinov2_equi.fsdp.checkpoint import CheckpointStore
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TINY = ("--weights", "random:vit_test_tiny/8", "--device", "cpu")
+LOOP = ("steps=6", "warmup_steps=1", "batch_size=4", "lr=0.01", "save_every=4")
+RECIPES = {
+    "depth": (
+        "height=24",
+        "width=32",
+        "bins=16",
+        "bins_weight=0.1",
+        "head=dpt",
+        "dpt_channels=8",
+        "finetune=true",
+        *LOOP,
+    ),
+    "segmentation": ("resize=24", "crop=24", "stride=16", "head=multiscale", *LOOP),
+}
+"""The frozen backbone for the head with a batch norm: before one some gradients of a backbone are rounding, which AdamW
+makes as large as the others."""
+
+Script = Callable[[str], ModuleType]
+OnRanks = Callable[[int, Callable[[], int]], list[int]]
+
+pytestmark = [
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo"),
+    pytest.mark.skipif(sys.platform == "win32", reason="needs fork"),
+]
+
+
+@pytest.fixture(scope="module")
+def script(load_script: Callable[[Path], ModuleType]) -> Script:
+    return lambda task: load_script(REPOSITORY / "eval" / task / "run.py")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return images with depth maps and class maps, of which some pixels are unknown."""
+    root = tmp_path_factory.mktemp("dense")
+    rng = np.random.default_rng(0)
+    for name in ("images", "depth", "annotations"):
+        (root / name).mkdir()
+    for number in range(11):
+        far = rng.integers(0, 2, (3, 4)).repeat(8, axis=0).repeat(8, axis=1)  # [24, 32]
+        unknown = rng.random((24, 32)) < 0.04 * number  # the processes see different numbers of pixels
+        pixels = np.stack([far * 200 + 20] * 3, axis=-1).astype(np.uint8)
+        Image.fromarray(pixels).save(root / f"images/{number}.png")
+        depth = np.where(unknown, 0, far * 3000 + 1000).astype(np.uint16)
+        Image.fromarray(depth).save(root / f"depth/{number}.png")
+        Image.fromarray(np.where(unknown, 255, far).astype(np.uint8)).save(root / f"annotations/{number}.png")
+    (root / "classes.txt").write_text("near\nfar\n")
+    return root
+
+
+def numbers_in(folder: Path) -> dict[str, Any]:
+    (numbers,) = json.loads((folder / "results.json").read_text())["numbers"].values()
+    return dict(numbers)
+
+
+def assert_close(found: Any, wanted: Any, tolerance: float) -> None:
+    if isinstance(wanted, dict):
+        assert found.keys() == wanted.keys()
+        for name in wanted:
+            assert_close(found[name], wanted[name], tolerance)
+    else:
+        assert found == pytest.approx(wanted, rel=tolerance, abs=tolerance, nan_ok=True)
+
+
+@pytest.mark.parametrize("task", RECIPES)
+def test_the_number_of_processes_changes_what_is_measured(
+    task: str, script: Script, folder: Path, tmp_path: Path, run_on_ranks: OnRanks
+) -> None:
+    run = script(task)
+    words = [*TINY, "--data", str(folder), "--set", *RECIPES[task], "--output"]
+    assert run.main([*words, str(tmp_path / "one")]) == 0
+    assert run_on_ranks(2, lambda: run.main([*words, str(tmp_path / "two")])) == [0, 0]
+    # Sums in another order, carried through six steps; a share of pixels can only move by whole pixels.
+    assert_close(numbers_in(tmp_path / "two"), numbers_in(tmp_path / "one"), 1e-4)
+    one, two = (CheckpointStore(tmp_path / name / "checkpoints", read_only=True).load() for name in ("one", "two"))
+    for name, value in one.tensors["model"].items():
+        torch.testing.assert_close(two.tensors["model"][name], value, rtol=1e-4, atol=1e-5)
+    settings = json.loads((tmp_path / "two" / "results.json").read_text())["settings"]
+    assert settings["num_processes"] == 2 and "launcher" not in settings
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_resume_on_another_number_of_processes_ends_elsewhere(
+    script: Script, folder: Path, tmp_path: Path, run_on_ranks: OnRanks
+) -> None:
+    run = script("depth")
+    words = [*TINY, "--data", str(folder), "--set", *RECIPES["depth"], "--output"]
+    assert run.main([*words, str(tmp_path / "one")]) == 0
+    assert run_on_ranks(2, lambda: run.main([*words, str(tmp_path / "two")])) == [0, 0]
+    (tmp_path / "two" / "checkpoints" / "step_00000006").rename(tmp_path / "later")
+    assert run.main([*words, str(tmp_path / "two")]) == 0
+    assert_close(numbers_in(tmp_path / "two"), numbers_in(tmp_path / "one"), 1e-4)
+
+
+def test_a_batch_that_cannot_be_divided_is_made_smaller(
+    script: Script, folder: Path, tmp_path: Path, run_on_ranks: OnRanks, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = [*TINY, "--data", str(folder), "--output", str(tmp_path), "--set", *RECIPES["depth"], "batch_size=3"]
+    assert run_on_ranks(2, lambda: script("depth").main(words)) == [2, 2]
+    assert "batch_size=3 counts the images of all processes: take a multiple of 2" in capfd.readouterr().err
+
+
+def test_a_signal_to_one_process_leaves_the_others_waiting_or_loses_the_step(
+    script: Script, folder: Path, tmp_path: Path, run_on_ranks: OnRanks
+) -> None:
+    run = script("depth")
+    words = [*TINY, "--data", str(folder), "--set", *RECIPES["depth"], "save_every=100", "--output"]
+    losses = run.DepthModel.losses
+
+    def command() -> int:
+        calls = 0
+
+        def signalled(*arguments: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == 3 and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGUSR2)
+            return losses(*arguments)
+
+        run.DepthModel.losses = signalled
+        return int(run.main([*words, str(tmp_path / "two")]))
+
+    assert run_on_ranks(2, command) == [75, 75]
+    assert CheckpointStore(tmp_path / "two" / "checkpoints", read_only=True).latest_step() == 3
+    assert run.main([*words, str(tmp_path / "one")]) == 0
+    assert run_on_ranks(2, lambda: run.main([*words, str(tmp_path / "two")])) == [0, 0]
+    assert_close(numbers_in(tmp_path / "two"), numbers_in(tmp_path / "one"), 1e-4)
+
+
+def test_processes_of_a_detector_end_with_different_weights_or_lose_detections(
+    script: Script, tmp_path: Path, run_on_ranks: OnRanks
+) -> None:
+    (tmp_path / "annotations").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        images, annotations = [], []
+        for number in range(3):
+            pixels = np.zeros((48, 64, 3), np.uint8)
+            pixels[8:32, 4 + 8 * number : 34 + 8 * number] = 255
+            Image.fromarray(pixels).save(tmp_path / split / f"{number}.png")
+            images.append({"id": number, "file_name": f"{number}.png", "width": 64, "height": 48})
+            box = [4 + 8 * number, 8, 30, 24]
+            annotations.append({"id": number + 1, "image_id": number, "category_id": 1, "bbox": box, "area": 720})
+        document = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "square"}]}
+        (tmp_path / "annotations" / f"instances_{split}.json").write_text(json.dumps(document))
+    run = script("detection")
+    recipe = ("detector=retinanet", "size=64", "channels=8", "anchor_size=16", "detections=5", "score_threshold=0")
+    words = ["--weights", "random:vit_test_tiny/16", "--device", "cpu", "--data", str(tmp_path)]
+    words += ["--set", *recipe, "steps=3", "warmup_steps=1", "batch_size=2", "lr=0.001"]
+    assert run_on_ranks(2, lambda: run.main([*words, "--output", str(tmp_path / "two")])) == [0, 0]
+    numbers = numbers_in(tmp_path / "two")
+    assert numbers["num_images"] == 3 and numbers["num_detections"] == 15
+    # One process measures the weights that two have trained: what either found is in the numbers.
+    assert run.main([*words, "--output", str(tmp_path / "two")]) == 0
+    assert numbers_in(tmp_path / "two")["box"] == numbers["box"]

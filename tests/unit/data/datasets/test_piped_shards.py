@@ -1,0 +1,156 @@
+"""Shards through a pipe, and shards that are read one after the other."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinov2_equi.data.augmentations import DataAugmentationDINO
+from dinov2_equi.data.datasets import piped_shards
+from dinov2_equi.data.datasets.base import DatasetError, ImageDataset
+from dinov2_equi.data.datasets.blocks import blocks_of
+from dinov2_equi.data.datasets.holdout import hold_back
+from dinov2_equi.data.datasets.make import make_dataset
+from dinov2_equi.data.datasets.piped_shards import PipedShards
+from dinov2_equi.data.datasets.tar_shards import TarShards
+from dinov2_equi.data.loaders import MultiCropDataset, make_train_loader
+from dinov2_equi.data.masking import MaskingGenerator
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keep the user's cache and the folder for temporary files out of it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(piped_shards.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    return tmp_path
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Six shards of four images each, image n of colour n and class n % 3."""
+    (tmp_path / "shards").mkdir()
+    for shard in range(6):
+        with tarfile.open(tmp_path / "shards" / f"{shard:02d}.tar", "w") as tar:
+            for number in range(4 * shard, 4 * shard + 4):
+                file = io.BytesIO()
+                Image.new("RGB", (24, 20), (number, 5 * number, 0)).save(file, "png")
+                for suffix, content in (("png", file.getvalue()), ("cls", str(number % 3).encode())):
+                    member = tarfile.TarInfo(f"{number:03d}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return tmp_path / "shards"
+
+
+def piped(shards: Path, buffer: int = 2) -> PipedShards:
+    """Return the shards through a pipe that notes each time it is run."""
+    command = f"pipe:echo {{00..05}} >> {shards}/log; cat {shards}/{{00..05}}.tar:buffer={buffer}"
+    dataset = make_dataset(command.replace("{00..05}.tar", "$(tail -1 " + str(shards) + "/log).tar"))
+    assert isinstance(dataset, PipedShards)
+    return dataset
+
+
+def runs(shards: Path) -> int:
+    return len((shards / "log").read_text().split())
+
+
+def colours(dataset: ImageDataset, count: int, start: int = 0, num_workers: int = 0) -> list[int]:
+    plain = DataAugmentationDINO(
+        (1, 1), (1, 1), 0, 8, 8, jitter_prob=0, gray_prob=0, global_blur_probs=(0, 0), solarize_prob=0
+    )
+    loader = make_train_loader(
+        dataset=dataset,
+        augmentation=plain,
+        mask_generator=MaskingGenerator((4, 4)),
+        mask_probability=0.5,
+        mask_ratio_min_max=(0.1, 0.5),
+        batch_size=4,
+        num_workers=num_workers,
+        seed=3,
+        start_step=start,
+        num_steps=count,
+    )
+    return [round(float(crop[0].mean()) * 255) for batch in loader for crop in batch.global_crops[:4]]
+
+
+def test_images_names_and_classes_are_those_of_the_files(shards: Path) -> None:
+    dataset, files = piped(shards), TarShards(shards / "*.tar")
+    assert len(dataset) == 24 and dataset.targets == files.targets and dataset.classes == files.classes
+    for index in (23, 0, 9):
+        assert np.array_equal(dataset.load(index), files.load(index))
+    assert "cat" in dataset.path(9) and dataset.path(9).endswith("009.png")
+
+
+def test_a_shard_is_read_once_for_the_index_and_once_an_epoch(shards: Path) -> None:
+    dataset = piped(shards)
+    assert runs(shards) == 6
+    assert sorted(colours(dataset, 6)) == list(range(24))
+    assert runs(shards) <= 12
+    again = piped(shards)
+    assert runs(shards) <= 12 and len(again) == 24  # the index is there
+
+
+def test_no_more_shards_lie_on_the_disk_than_two_windows_and_one(shards: Path, places: Path) -> None:
+    colours(piped(shards, buffer=1), 12)
+    assert len(list((places / "tmp").rglob("*.tar"))) <= 3
+
+
+@pytest.mark.parametrize("through_a_pipe", [True, False])
+def test_processes_or_a_resume_change_the_order(shards: Path, through_a_pipe: bool) -> None:
+    dataset = piped(shards) if through_a_pipe else make_dataset(f"tar:path={shards}/*.tar:buffer=2")
+    whole = colours(dataset, 12)
+    assert whole[:24] != whole[24:] and sorted(whole[:24]) == sorted(whole[24:]) == list(range(24))
+    assert colours(dataset, 12, num_workers=2) == whole
+    assert colours(dataset, 5, start=7) == whole[28:]
+    windows = [{colour // 4 for colour in whole[start : start + 8]} for start in range(0, 24, 8)]
+    assert [len(window) for window in windows] == [2, 2, 2]  # two shards at a time
+
+
+def test_a_resume_reads_the_shards_of_one_window(shards: Path, places: Path) -> None:
+    dataset = piped(shards)
+    for file in (places / "tmp").rglob("*.tar"):
+        file.unlink()
+    before = runs(shards)
+    colours(dataset, 1, start=4)
+    assert runs(shards) - before <= 2
+
+
+def test_held_back_images_leave_the_rest_in_its_blocks(shards: Path) -> None:
+    train, holdout = hold_back(make_dataset(f"tar:path={shards}/*.tar:buffer=2"), 0.25, seed=0)
+    blocks = blocks_of(train)
+    assert blocks is not None and blocks.buffer == 2 and blocks.lengths.sum() == len(train) == 18
+    seen = {
+        round(float(MultiCropDataset(train, DataAugmentationDINO((1, 1), (1, 1), 0, 8, 8), 0).load(p)[0][0, 0, 0]))
+        for p in range(18)
+    }
+    held = {int(np.asarray(holdout.load(index))[0, 0, 0]) for index in range(6)}
+    assert len(seen) == 18 and seen.isdisjoint(held)
+
+
+def test_faults_of_a_command_are_told(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(piped_shards.time, "sleep", lambda seconds: None)
+    with pytest.raises(DatasetError, match=r"cat /not/0\.tar' ended with exit code 1: .*No such file"):
+        make_dataset("pipe:cat /not/{0..3}.tar")
+    with pytest.raises(DatasetError, match="no whole uncompressed tar file"):
+        make_dataset("pipe:echo no tar at all")
+    with pytest.raises(DatasetError, match="expected a command"):
+        make_dataset("pipe: ")
+    with pytest.raises(DatasetError, match="buffer must be a whole number; got 'two'"):
+        make_dataset("pipe:cat x.tar:buffer=two")
+    with pytest.raises(DatasetError, match="cannot be part of a mixture"):
+        make_dataset(f"mix:tar:path={shards}/*.tar:buffer=2 + synthetic")
+
+
+def test_a_shard_that_changed_since_it_was_indexed_is_refused(shards: Path, places: Path) -> None:
+    dataset = make_dataset(f"pipe:cat {shards}/{{00..05}}.tar")
+    for file in (places / "tmp").rglob("*.tar"):
+        file.unlink()
+    with (shards / "02.tar").open("ab") as file:
+        file.write(bytes(512))
+    with pytest.raises(DatasetError, match="the shard has changed"):
+        dataset.load(9)

@@ -449,7 +449,7 @@ def test_crops_made_on_the_device_are_others_or_are_lost_by_a_resume(
     assert lean_run(tmp_path / "parts", EVERY_10, on_device) == 0
     shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step_00000020")
     assert lean_run(tmp_path / "parts", EVERY_10, on_device) == 0
-    assert_same_run(tmp_path / "parts", whole_run, fingerprint)
+    assert fingerprint(tmp_path / "parts", 20) == fingerprint(tmp_path / "whole", 20)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
@@ -489,7 +489,7 @@ def test_a_run_that_went_back_and_was_killed_ends_elsewhere(
     assert lean_run(tmp_path / "parts", EVERY_10) == 130
     kill_at.clear()
     assert lean_run(tmp_path / "parts", EVERY_10) == 0
-    assert_same_run(tmp_path / "parts", whole_run, fingerprint)
+    assert fingerprint(tmp_path / "parts", 20) == fingerprint(tmp_path / "whole", 20)
     assert read_metrics(tmp_path / "whole" / "training_metrics.json")[-1]["skipped_steps"] == 3
 
 

@@ -209,7 +209,7 @@ def test_an_argument_is_not_read_off_the_weights(changed: dict[str, Any], block_
     arguments = PLAIN | changed
     model = build_backbone("vit_test_tiny", patch_size=4, block_chunks=block_chunks, **arguments)
     found = backbone_arguments(model.state_dict(), "w.pth")
-    assert found == {"embed_dim": 48, "depth": 3, "patch_size": 4, **arguments}
+    assert found == {"embed_dim": 48, "depth": 3, "patch_size": 4, "in_chans": 3, **arguments}
     again = DinoVisionTransformer(num_heads=3, block_chunks=block_chunks, **found)
     load_exact(again, model.state_dict())
 

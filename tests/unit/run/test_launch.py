@@ -172,7 +172,7 @@ def test_a_process_has_the_device_of_another(monkeypatch: pytest.MonkeyPatch) ->
 class FakeJob:
     """Stands in for what submitit says of a task."""
 
-    num_tasks, global_rank, local_rank, hostnames, raw_job_id = 1, 0, 0, ("localhost",), "17"
+    num_tasks, num_nodes, global_rank, local_rank, hostnames, raw_job_id = 1, 1, 0, 0, ("localhost",), "17"
 
 
 @pytest.mark.parametrize(("code", "is_queued"), [(0, False), (2, False), (75, True)])

@@ -36,6 +36,7 @@ class ListedImages(EncodedImages):
         base: What relative paths start from.
         targets: Class number of each image, or None.
         classes: Class names by number.
+        num_bytes: Bytes of each file, uint32 [n], 4 GiB and more as 4 GiB; None: not looked for.
         what: What the list is called in messages.
     """
 
@@ -46,11 +47,13 @@ class ListedImages(EncodedImages):
         *,
         targets: npt.NDArray[np.int32] | None = None,
         classes: Sequence[str] = (),
+        num_bytes: npt.NDArray[np.uint32] | None = None,
         what: str,
     ) -> None:
         self.paths = paths
         self._base = base
         self.class_numbers = targets
+        self.num_bytes = num_bytes
         self._classes = list(classes)
         self._what = what
 

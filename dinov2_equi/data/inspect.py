@@ -27,7 +27,7 @@ from PIL import Image
 from dinov2_equi.data.augmentations import DataAugmentationDINO
 from dinov2_equi.data.bad_images import GREATEST_ASPECT, LEAST_SIDE_PX, check_shape
 from dinov2_equi.data.contact_sheet import contact_sheet
-from dinov2_equi.data.datasets.base import DatasetError, ImageDataset, UnreadableImageError, spread_indices
+from dinov2_equi.data.datasets.base import DatasetError, ImageDataset, UnreadableImageError, path_of, spread_indices
 from dinov2_equi.data.datasets.channels import RGB_CHANNELS, channel_format
 from dinov2_equi.data.datasets.listed import ListedImages
 from dinov2_equi.data.datasets.make import make_dataset
@@ -83,9 +83,9 @@ def examine(dataset: ImageDataset, indices: Sequence[int]) -> Findings:
     for index in tracked(indices, f"Reading {len(indices):,} images"):
         try:
             image = dataset.load_tensor(index)
-            check_shape(image, dataset.name(index))
+            check_shape(image, path_of(dataset, index))
         except UnreadableImageError as error:
-            findings.bad.append((error.path or dataset.name(index), error.reason))
+            findings.bad.append((error.path or path_of(dataset, index), error.reason))
             continue
         findings.sizes.append((image.shape[2], image.shape[1]))
         findings.num_grey += torch.equal(image, image[:1].expand_as(image))

@@ -204,7 +204,7 @@ def _describe_no_images(root: Path, suffixes: tuple[str, ...]) -> str:
     entries = sorted(entry.name for entry in root.iterdir())
     if entries:
         shown = ", ".join(entries[:_SHOWN_ENTRIES]) + (", ..." if len(entries) > _SHOWN_ENTRIES else "")
-        found = f"it holds {len(entries)} entries ({shown})"
+        found = f"it holds {shown}" if len(entries) <= _SHOWN_ENTRIES else f"it holds {len(entries)} entries ({shown})"
     else:
         found = "it is empty"
     lists = [name for name in entries if name.endswith((*LIST_SUFFIXES, *TABLE_SUFFIXES))]

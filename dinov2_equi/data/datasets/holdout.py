@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from dinov2_equi.data.datasets.base import DatasetError, ImageDataset, check_index, spread_indices
+from dinov2_equi.data.datasets.base import DatasetError, ImageDataset, check_index, path_of, spread_indices
 from dinov2_equi.data.datasets.blocks import Blocks, blocks_of
 from dinov2_equi.data.datasets.mixture import Mixture
 
@@ -50,6 +50,10 @@ class Subset:
     def name(self, index: int) -> str:
         """Return the name of image `index` of the view."""
         return self.dataset.name(self._source_index(index))
+
+    def path(self, index: int) -> str:
+        """Return where image `index` of the view is to be looked for."""
+        return path_of(self.dataset, self._source_index(index))
 
     @property
     def targets(self) -> list[int] | None:

@@ -6,6 +6,7 @@ import csv
 import difflib
 import glob
 import importlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +159,7 @@ def find_images(pattern: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Lis
         DatasetError: Nothing matches, or no image does; says what was found.
     """
     expanded = str(Path(pattern).expanduser())
+    folder = re.split(r"[^/]*[*?[]", pattern, maxsplit=1)[0] or "./"
     found = sorted(glob.glob(expanded, recursive=True))  # noqa: PTH207 (a Path refuses patterns from the root)
     paths = [path for path in found if path.lower().endswith(suffixes)]
     if not paths:
@@ -165,7 +167,7 @@ def find_images(pattern: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Lis
         matched = f"it matches {len(found)} entries, none an image ({shown})" if found else "it matches nothing"
         raise DatasetError(
             f"no image for the pattern {pattern}: {matched}. Expected files that end in {' '.join(suffixes)}, as "
-            f"with {pattern.rstrip('/*')}/**/*.jpg"
+            f"with {folder}**/*.jpg"
         )
     return ListedImages(PackedStrings.of(paths), Path(), what=pattern)
 

@@ -152,7 +152,8 @@ class _ShardCache:
             if done.returncode == 0:
                 break
             said = done.stderr.decode(errors="replace").strip()[-_SHOWN:]
-            message = f"the command {self.commands[shard]!r} ended with exit code {done.returncode}: {said}"
+            ending = f"ended with exit code {done.returncode}: {said or 'it said nothing'}"
+            message = f"the command {self.commands[shard]!r} {ending}"
             if attempt == _ATTEMPTS:
                 pending.unlink()
                 raise DatasetError(message)

@@ -153,7 +153,8 @@ def _find_shards(pattern: str) -> list[Path]:
 
 
 def _matches(pattern: str) -> list[str]:
-    return sorted(glob.glob(pattern))  # noqa: PTH207 (a Path refuses patterns from the root)
+    found = glob.glob(pattern)  # noqa: PTH207 (a Path refuses patterns from the root)
+    return sorted(path for path in found if Path(path).is_file())
 
 
 def expand_braces(text: str) -> Iterator[str]:

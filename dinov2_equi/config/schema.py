@@ -543,7 +543,8 @@ class LoggingConfig:
 
     diagnostics_every_steps: int = 100
     """Steps between two measurements of how the branch pulls against the other losses (ratio of the gradient norms at
-    the output of the last block) and of how the two parts of the features are used; 0: none."""
+    the output of the last block), of how the two parts of the features are used, and of how far the features tell
+    images apart (`collapse/*`, with a warning where they do not); 0: none."""
 
     pictures_every_steps: int = 0
     """Steps between two pictures of reconstructions; 0: only in the report at the end."""

@@ -28,6 +28,7 @@ from dinov2_equi.logging.metrics import MetricWriter
 from dinov2_equi.logging.progress import training_progress
 from dinov2_equi.train import build
 from dinov2_equi.train.bad_images_of_ranks import gather_bad_images
+from dinov2_equi.train.collapse import CollapseAlarm
 from dinov2_equi.train.export import export_teacher
 from dinov2_equi.train.guard import GuardedSteps
 from dinov2_equi.train.schedules import StepValues
@@ -153,6 +154,7 @@ def _run_steps(
         state.model.train()
         bad_images = BadImageLog(output_dir, cfg.data.max_bad_fraction, is_writer=is_main_process())
         watchdog.beat("waiting for the first images")
+        alarm = CollapseAlarm(derived.warmup_steps)
         for batch, clock in _timed(loader):
             watchdog.beat(f"in step {state.step}")
             bad_images.record(derived.effective_batch_size, gather_bad_images(batch.bad_images, device))
@@ -161,7 +163,7 @@ def _run_steps(
             facts = _step_facts(values, clock.stop(derived.effective_batch_size), device)
             state.seconds += facts["time/step"]
             if scalars is not None and writer is not None and progress is not None:
-                scalars |= facts | {"time/total": state.seconds}
+                scalars |= alarm.look(state.step - 1, scalars) | facts | {"time/total": state.seconds}
                 progress.update(state.step, scalars)
                 if _is_logged(cfg, state.step, derived.total_steps):
                     writer.write(state.step - 1, scalars)

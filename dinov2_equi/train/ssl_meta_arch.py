@@ -25,6 +25,7 @@ from dinov2_equi.loss.koleo_loss import KoLeoLoss
 from dinov2_equi.loss.vicreg_loss import VICRegLoss
 from dinov2_equi.models.vision_transformer import Features
 from dinov2_equi.train import build_model
+from dinov2_equi.train.collapse import collapse_metrics
 from dinov2_equi.train.micro_batches import BackbonePass
 from dinov2_equi.train.outputs import Preview, StepOutput, StudentOutputs, TeacherTargets, Views
 from dinov2_equi.train.precision import autocast
@@ -68,8 +69,8 @@ class SSLMetaArch(nn.Module):
         Args:
             batch: crops in [0, 1], on the training device except `positions`.
             teacher_temp: temperature of the teacher's softmax.
-            diagnose: also measure how the losses pull and how the two parts of the features are used. Costs two more
-                backward passes through heads and decoder; changes no gradient.
+            diagnose: also measure how far the features tell images apart, how the losses pull and how the two parts
+                of the features are used. Costs two more backward passes through heads and decoder; changes no gradient.
 
         Returns:
             Losses and metrics, detached. Gradients are in `.grad`; centres and teacher are not touched yet.
@@ -82,9 +83,11 @@ class SSLMetaArch(nn.Module):
             seen = self._pass_of_student(views, batch)
             student = self._student_outputs(seen.features, batch)
             losses = self._ssl_losses(student, teacher, batch)
+            if diagnose:
+                metrics = self._signs_of_collapse(student, features, teacher)
             if self.equi is not None and views.equi_targets is not None:
                 output = self.equi(*self._branch_tokens(student, features), views.equi_targets)
-                metrics = output.metrics | (self._diagnose(student, losses, output.loss) if diagnose else {})
+                metrics |= output.metrics | (self._diagnose(student, losses, output.loss) if diagnose else {})
                 losses["equi_loss"] = output.loss
             total = self._weighted_sum(losses)
         total.backward()
@@ -347,6 +350,14 @@ class SSLMetaArch(nn.Module):
             branch, ssl = self._weighted_sum({"equi_loss": equi_loss}), self._weighted_sum(losses)
             metrics["equi/gradient_ratio"] = gradient_ratio(branch, ssl, tokens)
         return metrics
+
+    def _signs_of_collapse(
+        self, student: StudentOutputs, features: Features | None, targets: TeacherTargets | None
+    ) -> dict[str, Tensor]:
+        """Return how far the teacher, or the student where there is none, tells images apart in the invariant part."""
+        network, seen = (self.student, student.features[0]) if features is None else (self.teacher, features)
+        cls, patches = (self._invariant(network, seen[name]) for name in ("x_norm_clstoken", "x_norm_patchtokens"))
+        return collapse_metrics(cls, patches, None if targets is None else targets.dino.flatten(0, 1))
 
     # ------------------------------------------------------------------------------------------------ bookkeeping
 

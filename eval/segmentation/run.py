@@ -36,9 +36,11 @@ from dinov2_equi.evaluation.dense.segmentation import (
 )
 from dinov2_equi.evaluation.dense.training import Losses
 from dinov2_equi.evaluation.eval_model import EvalModel
-from dinov2_equi.run.dense_task import DenseTask, run_dense_task
+from dinov2_equi.run.dense_task import DenseTask, TaskRun, run_dense_task
 
 FRAMEWORKS = ("torch",)
+
+SegmentationRun = TaskRun[SegmentationSettings, SegmentationSet, SegmentationModel]
 
 
 class SegmentationTask(DenseTask[SegmentationSettings, SegmentationSet, SegmentationModel]):
@@ -86,24 +88,16 @@ class SegmentationTask(DenseTask[SegmentationSettings, SegmentationSet, Segmenta
         images, labels = (values.to(device) for values in batch)
         return {"loss": model.loss(images, labels)}
 
-    def evaluate(
-        self,
-        model: SegmentationModel,
-        val: SegmentationSet,
-        settings: SegmentationSettings,
-        on_image: Callable[[], None],
-    ) -> dict[str, Any]:
+    def evaluate(self, run: SegmentationRun, on_image: Callable[[], None]) -> dict[str, Any]:
         """Return the measures over all pixels."""
-        return evaluate_segmentation(model, val, settings, on_image=on_image)
+        return evaluate_segmentation(run.model, run.val, run.settings, on_image=on_image)
 
-    def figure(
-        self, args: argparse.Namespace, model: SegmentationModel, val: SegmentationSet, settings: SegmentationSettings
-    ) -> Figure:
+    def figure(self, run: SegmentationRun) -> Figure:
         """Return photographs with their true and predicted classes."""
-        chosen = [val.load(index) for index in spread_indices(len(val), args.pictures)]
+        chosen = [run.val.load(index) for index in spread_indices(len(run.val), run.args.pictures)]
         images, truths = [image for image, _ in chosen], [labels for _, labels in chosen]
-        found = [model.predict(image, settings) for image in images]
-        return segmentation_figure(images, truths, found, val.classes)
+        found = [run.model.predict(image, run.settings) for image in images]
+        return segmentation_figure(images, truths, found, run.val.classes)
 
     def table(self, name: str, found: Mapping[str, Any]) -> str:
         """Return the measures beside those of the most frequent class."""

@@ -225,6 +225,22 @@ def test_rare_log_lines_lose_the_last_step(tmp_path: Path, lean_run: Callable[..
     assert read_metrics(tmp_path / "training_metrics.json")[-1]["iteration"] == LAST_STEP
 
 
+@pytest.mark.parametrize(("temperature", "collapses"), [("2", True), ("0.07", False)])
+def test_a_run_that_collapses_says_nothing_or_a_healthy_one_is_warned_about(
+    temperature: str, collapses: bool, tmp_path: Path, lean_run: Callable[..., int]
+) -> None:
+    # Hot, the teacher gives all images nearly the same share of all prototypes. LayerScale makes them alike at first.
+    words = [f"teacher.teacher_temp={temperature}", f"teacher.warmup_teacher_temp={temperature}"]
+    assert lean_run(tmp_path, *words, "student.layerscale=0", "logging.diagnostics_every_steps=1") == 0
+    log = (tmp_path / "logs" / "log.txt").read_text()
+    assert log.count("collapse/prototype_information =") == int(collapses)
+    assert log.count("To try:") == 0 or collapses
+    signs = [
+        line["collapse/signs"] for line in read_metrics(tmp_path / "training_metrics.json") if "collapse/signs" in line
+    ]
+    assert len(signs) == 10 and (max(signs) > 0) == collapses  # of the twenty steps ten come after the warm-up
+
+
 def test_a_diagnosis_is_not_written(tmp_path: Path, lean_run: Callable[..., int]) -> None:
     # At the first step and after each sixth one, whatever else is written when.
     assert lean_run(tmp_path, "logging.metrics_every_steps=4", "logging.diagnostics_every_steps=6") == 0

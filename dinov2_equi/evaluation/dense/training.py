@@ -36,6 +36,9 @@ from dinov2_equi.fsdp.checkpoint import CheckpointStore, flatten_optimizer, rest
 CHECKPOINTS = "checkpoints"
 _NO_DECAY = re.compile(r"(bias|gamma|cls_token|pos_embed|register_tokens)$|norm")
 
+WITHOUT_EFFECT = ("save_every", "curve_every")
+"""Settings that do not change the weights: a training that was stopped goes on with others."""
+
 Losses = Mapping[str, Tensor]
 """Terms by name; their sum is minimised. Of several processes the mean is: a term that is no mean over images of equal
 weight has to be computed from sums over all processes (`sum_over_ranks`), and is then the same on each."""
@@ -219,7 +222,7 @@ def train(
 
 def _what_counts(settings: LoopSettings) -> dict[str, Any]:
     """Return the settings that change the weights."""
-    return {name: value for name, value in dataclasses.asdict(settings).items() if name != "save_every"}
+    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in WITHOUT_EFFECT}
 
 
 def _step(

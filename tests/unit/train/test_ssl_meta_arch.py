@@ -133,16 +133,13 @@ ABSENT_BRANCH = (
     "equi.decoder.shared=false",
     "equi.decoder.patch_fraction=0.5",
     "equi.decoder.half_resolution=true",
-    "logging.diagnostics_every_steps=1",
 )
 SWITCHES = {"equi.family", "equi.loss_weight", "equi.split_without_transform"}
 
 
 def test_a_setting_of_the_branch_is_not_tried_while_it_is_off() -> None:
     tried = {setting.partition("=")[0] for setting in ABSENT_BRANCH}
-    assert {key for key in leaf_types() if key.startswith("equi.")} == (tried | SWITCHES) - {
-        "logging.diagnostics_every_steps"
-    }
+    assert {key for key in leaf_types() if key.startswith("equi.")} == tried | SWITCHES
 
 
 def test_settings_of_a_branch_that_is_off_change_no_bit_in_three_steps(

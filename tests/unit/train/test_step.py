@@ -30,6 +30,7 @@ CPU = torch.device("cpu")
 LOSSES = {"dino_local_crops_loss", "dino_global_crops_loss", "koleo_loss", "ibot_loss", "equi_loss"}
 METRICS = {f"equi/{name}_step_{k}" for name in ("error", "psnr") for k in (1, 2)}
 DIAGNOSTICS = {"equi/gradient_ratio", "equi/variance_share", "equi/rank_invariant", "equi/rank_equivariant"}
+DIAGNOSTICS |= {f"collapse/{name}" for name in ("cls_std", "patch_std", "prototype_entropy", "prototype_information")}
 PARTS = {"backbone", "feature_split", "dino_head", "equi_decoder"}
 
 

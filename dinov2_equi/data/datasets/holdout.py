@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from dinov2_equi.data.datasets.base import DatasetError, ImageDataset, check_index, path_of, spread_indices
-from dinov2_equi.data.datasets.blocks import Blocks, blocks_of
+from dinov2_equi.data.datasets.base import DatasetError, ImageDataset, check_index, path_of
+from dinov2_equi.data.datasets.blocks import Blocks, blocks_of, spread_images
 from dinov2_equi.data.datasets.mixture import Mixture
 
 
@@ -75,7 +75,7 @@ def evenly_spread(dataset: ImageDataset, max_images: int) -> ImageDataset:
     """Return a view of up to `max_images` images, evenly spread over a data set, which may have fewer."""
     if len(dataset) <= max_images:
         return dataset
-    return Subset(dataset, spread_indices(len(dataset), max_images))
+    return Subset(dataset, spread_images(dataset, max_images))
 
 
 def split_holdout(dataset: ImageDataset, fraction: float, seed: int) -> tuple[Subset, Subset]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Generic, TypeVar
 
 from dinov2_equi.data.datasets.base import ImageDataset, path_of
+from dinov2_equi.data.datasets.blocks import Blocks, blocks_of
 
 DatasetT = TypeVar("DatasetT", bound=ImageDataset)
 
@@ -30,6 +31,10 @@ class View(Generic[DatasetT]):
     def path(self, index: int) -> str:
         """Return where image `index` is to be looked for."""
         return path_of(self.dataset, index)
+
+    def blocks(self) -> Blocks | None:
+        """Return the blocks of the data set."""
+        return blocks_of(self.dataset)
 
     @property
     def targets(self) -> list[int] | None:

@@ -29,11 +29,14 @@ class CommandJob:
     Attributes:
         script: its file, below the root of the code.
         arguments: its words.
+        folder: the working directory of the command; the job itself starts in the copy of the code, because Python
+            looks for modules in the working directory first.
     """
 
     def __init__(self, script: Path, arguments: Sequence[str]) -> None:
         self.script = script
         self.arguments = [*arguments, "--launcher", "inline"]
+        self.folder = Path.cwd()
 
     def __call__(self) -> None:
         """Run the command; where a signal stopped it, queue the job again.
@@ -60,6 +63,7 @@ class CommandJob:
             "MASTER_ADDR": job.hostnames[0],
             "MASTER_PORT": str(_FIRST_PORT + int(job.raw_job_id) % _NUM_PORTS),
         }
+        os.chdir(self.folder)
         main = _main_of(ROOT / self.script)
         from dinov2_equi.run.command import EXIT_STOPPED
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -242,6 +243,7 @@ def _copy_code(target: Path, script: Path) -> None:
 
 def _parameters(allocation: Allocation, *, name: str, code: Path) -> dict[str, object]:
     """Return the parameters of submitit; what was not asked for is left to the cluster."""
+    quoted = shlex.quote(str(code))
     asked = {
         "nodes": allocation.nodes,
         "ntasks_per_node": allocation.tasks_per_node,
@@ -253,6 +255,6 @@ def _parameters(allocation: Allocation, *, name: str, code: Path) -> dict[str, o
         "job_name": name,
         "signal_delay_s": allocation.signal_delay_s,
         "stderr_to_stdout": True,
-        "setup": [f'export PYTHONPATH="{code}"${{PYTHONPATH:+:$PYTHONPATH}}'],
+        "setup": [f"cd {quoted}", f"export PYTHONPATH={quoted}${{PYTHONPATH:+:$PYTHONPATH}}"],
     }
     return {key: value for key, value in asked.items() if value is not None}

@@ -37,6 +37,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list
     monkeypatch.setattr("submitit.JobEnvironment", FakeJob)
     monkeypatch.setattr("subprocess.run", run)
     monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.chdir(tmp_path)
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "before")  # put back after the test
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
@@ -64,6 +65,17 @@ def test_a_stopped_job_is_not_queued_again_or_the_whole_array_is(
         job()
     assert os.environ["MASTER_ADDR"] == "localhost"
     assert calls == ([["scontrol", "requeue", "17_0"]] if is_queued else [])  # 17 is the array, not its first task
+
+
+def test_a_relative_path_is_looked_for_in_the_copy_of_the_code(
+    tmp_path: Path, calls: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(tmp_path, "open('here', 'w').close(); return 0")
+    job.folder = tmp_path
+    monkeypatch.chdir(tmp_path / "eval")
+    job()
+    assert (tmp_path / "here").is_file() and not calls
+    assert CommandJob(Path("eval/run.py"), []).folder == tmp_path
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])

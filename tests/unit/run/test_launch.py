@@ -83,7 +83,7 @@ def test_the_job_uses_what_is_edited_later_or_guesses_a_cluster(
     code = tmp_path / "slurm" / "code"
     assert (code / "dinov2_equi" / "run" / "train.py").is_file()
     asked = RecordingExecutor.parameters
-    assert str(code) in asked["setup"][0]
+    assert asked["setup"] == [f"cd {code}", f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}"]
     assert asked["additional_parameters"] == {"requeue": True}
     assert not {"partition", "time", "gpus_per_node", "cpus_per_task"} & asked.keys()
     arguments = RecordingExecutor.job.arguments

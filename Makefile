@@ -37,10 +37,10 @@ help:
 	@echo "               DATA=folder       your own images"
 	@echo "               CONFIG=file       another configuration; OUTPUT=folder  another place for the run"
 	@echo "               ARGS=\"key=value\"  other settings, for example ARGS=\"optim.epochs=2 train.seed=1\""
-	@echo "make test      all checks: style, types, imports, tests on the CPU"
-	@echo "make test-mmseg the tests of eval/segmentation on mmsegmentation, a part of make test"
+	@echo "make test      all checks: style, types, imports, tests on the CPU, and of SLURM jobs where a SLURM answers"
+	@echo "make test-mmseg the tests of eval/segmentation on mmsegmentation alone"
 	@echo "make test-slow the slow tests;  make test-gpu  the tests that need a CUDA device"
-	@echo "make test-slurm the tests that need a running SLURM"
+	@echo "make test-slurm the tests of SLURM jobs alone, which need a running SLURM"
 	@echo "make bench     speed and memory against plain references; the numbers go to runs/bench"
 	@echo "make lint      style and imports only;  make types  types only"
 	@echo "make format    rewrite the code in the project's style"
@@ -98,7 +98,7 @@ train: $(RUN_STAMP)
 # --------------------------------------------------------------------------------------------------------------- checks
 
 .PHONY: test
-test: style types imports pytest test-mmseg
+test: style types imports pytest test-mmseg test-slurm
 	@echo "All checks passed."
 
 .PHONY: lint
@@ -140,7 +140,8 @@ test-gpu: $(DEV_STAMP)
 
 .PHONY: test-slurm
 test-slurm: $(DEV_STAMP)
-	@$(PYTEST) -m slurm
+	@echo "== Jobs of SLURM (pytest; skipped where none answers: docs/slurm.md)"
+	@$(PYTEST) -m slurm tests/integration/test_slurm.py
 
 .PHONY: bench
 bench: $(RUN_STAMP)

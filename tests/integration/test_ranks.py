@@ -252,10 +252,11 @@ def test_sharded_parameters_make_another_run(
     assert names == {f"model-{rank:05d}-of-{world_size:05d}.safetensors" for rank in range(world_size)}
 
 
+@pytest.mark.parametrize("kept", ["full", "selective"])
 def test_recomputed_activations_of_sharded_blocks_make_another_run(
-    single: Callable[[str], Path], tmp_path: Path, lean_run: Run
+    kept: str, single: Callable[[str], Path], tmp_path: Path, lean_run: Run
 ) -> None:
-    words = (*with_centering("sinkhorn_knopp"), *sharded("FULL_SHARD"), "train.activation_checkpointing=full")
+    words = (*with_centering("sinkhorn_knopp"), *sharded("FULL_SHARD"), f"train.activation_checkpointing={kept}")
     assert run_on(2, lean_run, tmp_path, *words) == [0, 0]
     assert_same_run(single("sinkhorn_knopp"), tmp_path)
 

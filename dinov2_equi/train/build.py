@@ -14,7 +14,8 @@ from dinov2_equi.config.validate import is_rgb
 from dinov2_equi.data.augmentations import DataAugmentationDINO
 from dinov2_equi.data.batch import Batch
 from dinov2_equi.data.datasets import channels as channels_module
-from dinov2_equi.data.datasets.base import DatasetError, ImageDataset, UnreadableImageError, spread_indices
+from dinov2_equi.data.datasets.base import DatasetError, ImageDataset, UnreadableImageError
+from dinov2_equi.data.datasets.blocks import spread_images
 from dinov2_equi.data.datasets.channels import ChannelFormat
 from dinov2_equi.data.datasets.holdout import hold_back
 from dinov2_equi.data.datasets.make import make_dataset
@@ -99,7 +100,7 @@ def check_colors(cfg: Config, dataset: ImageDataset) -> None:
     drawn = cfg.equi.mixture if cfg.equi.family == MIXTURE else [cfg.equi.family]
     if not any(name in NEED_COLOR for name in drawn):
         return
-    indices = spread_indices(len(dataset), _LOOKED_AT)
+    indices = spread_images(dataset, _LOOKED_AT)
     for index in indices:
         try:
             image = dataset.load_tensor(index, _LOOKED_AT_PX)

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dinov2_equi.data.datasets.base import DatasetError, ImageDataset, UnreadableImageError
-from dinov2_equi.data.datasets.blocks import Blocks, blocks_of
 from dinov2_equi.data.datasets.decode import DECODE_ERRORS, MAX_PIXELS
 from dinov2_equi.data.datasets.encoded import EncodedImages
 from dinov2_equi.data.datasets.view import View
@@ -116,10 +115,6 @@ class ChannelImages(View[EncodedImages]):
                 range; names the file, and what was found.
         """
         return decode_channels(self.dataset.encoded(index), self.dataset.path(index), self.channels, min_short_side)
-
-    def blocks(self) -> Blocks | None:
-        """Return the blocks of the data set."""
-        return blocks_of(self.dataset)
 
 
 def as_channels(dataset: ImageDataset, channels: ChannelFormat, spec: str) -> ChannelImages:

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rich.progress import track
 
 from dinov2_equi.data.datasets.base import DatasetError, UnreadableImageError, check_index
 from dinov2_equi.data.datasets.blocks import Blocks
@@ -29,7 +28,7 @@ from dinov2_equi.data.datasets.listed import IMAGE_SUFFIXES
 from dinov2_equi.data.datasets.numbered_classes import NO_CLASS, NumberedClasses
 from dinov2_equi.data.datasets.packed import PackedStrings
 from dinov2_equi.data.datasets.stored_index import Arrays, index_places, load_index, store_index
-from dinov2_equi.logging.console import get_console
+from dinov2_equi.logging.progress import tracked
 
 ENTRY = np.dtype([("offset", "<u8"), ("size", "<u4"), ("shard", "<u4")])
 """Where an image lies: 16 bytes."""
@@ -154,7 +153,8 @@ def _find_shards(pattern: str) -> list[Path]:
 
 
 def _matches(pattern: str) -> list[str]:
-    return sorted(glob.glob(pattern))  # noqa: PTH207 (a Path refuses patterns from the root)
+    found = glob.glob(pattern)  # noqa: PTH207 (a Path refuses patterns from the root)
+    return sorted(path for path in found if Path(path).is_file())
 
 
 def expand_braces(text: str) -> Iterator[str]:
@@ -188,7 +188,7 @@ def fit_each_other(arrays: Arrays) -> bool:
 
 def _scan(shards: Sequence[Path], suffixes: tuple[str, ...]) -> Arrays:
     """Return the index of the shards, from the headers in them."""
-    shown = track(shards, f"Indexing {len(shards)} shards", console=get_console(), transient=True)
+    shown = tracked(shards, f"Indexing {len(shards)} shards")
     return join_scans([scan_shard(number, shard, suffixes) for number, shard in enumerate(shown)])
 
 

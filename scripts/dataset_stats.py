@@ -20,7 +20,7 @@ from rich.console import Console  # noqa: E402 (after the path guard)
 from rich.progress import track  # noqa: E402
 
 from dinov2_equi.data.channel_statistics import ChannelStatistics, channel_statistics  # noqa: E402
-from dinov2_equi.data.datasets.base import DatasetError  # noqa: E402
+from dinov2_equi.data.datasets.base import DatasetError, spread_indices  # noqa: E402
 from dinov2_equi.data.datasets.channels import RGB_CHANNELS, channel_format  # noqa: E402
 from dinov2_equi.data.datasets.make import make_dataset  # noqa: E402
 from dinov2_equi.run.command import EXIT_DONE, command_parser, run_command  # noqa: E402
@@ -62,8 +62,8 @@ def command(args: argparse.Namespace) -> int:
     if args.images < 0:
         raise DatasetError(f"--images must be >= 0; got {args.images}")
     dataset = make_dataset(args.data, channel_format(args.in_channels, args.value_range))
-    count = min(args.images, len(dataset)) if args.images else len(dataset)
-    indices = [number * len(dataset) // count for number in range(count)]
+    count = min(args.images or len(dataset), len(dataset))
+    indices = spread_indices(len(dataset), count)
     found = None
     steps = channel_statistics(dataset, indices, num_workers=args.num_workers)
     shown = track(steps, f"Reading {count} images", total=count, console=Console(stderr=True), transient=True)

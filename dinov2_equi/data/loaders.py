@@ -17,7 +17,7 @@ from dinov2_equi.data.bad_images import BadImage, TooManyBadImagesError, check_s
 from dinov2_equi.data.batch import Batch
 from dinov2_equi.data.collate import MaskRecipe, Sample, SourceSample, collate, collate_sources
 from dinov2_equi.data.crop_pixels import use_one_thread
-from dinov2_equi.data.datasets.base import ImageDataset, UnreadableImageError
+from dinov2_equi.data.datasets.base import ImageDataset, UnreadableImageError, path_of
 from dinov2_equi.data.datasets.blocks import blocks_of
 from dinov2_equi.data.masking import MaskingGenerator
 from dinov2_equi.data.restarting_loader import RestartingLoader
@@ -61,9 +61,9 @@ class PositionedImages:
         for index in self._candidates(position):
             try:
                 image = self.dataset.load_tensor(index, self.augmentation.min_source_side)
-                return check_shape(image, self.dataset.name(index)), tuple(bad)
+                return check_shape(image, path_of(self.dataset, index)), tuple(bad)
             except UnreadableImageError as error:
-                bad.append(BadImage(index, error.path or self.dataset.name(index), error.reason))
+                bad.append(BadImage(index, error.path or path_of(self.dataset, index), error.reason))
         raise TooManyBadImagesError(
             f"none of {_ATTEMPTS} images in a row can be used; the last is {bad[-1].path}: {bad[-1].reason}. "
             "Look at the data set, and remove what is no image"

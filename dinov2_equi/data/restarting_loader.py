@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import multiprocessing.connection
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ Item = TypeVar("Item")
 MAX_DEATHS = 5
 """Deaths after which the loader gives up, as long as fewer than `SOUND_STEPS` batches lie between one and the next."""
 SOUND_STEPS = 100
+_PATIENCE_S = 1.0
 
 
 class LoaderProcessError(OSError):
@@ -85,8 +87,8 @@ def _batches(loader: DataLoader[Item]) -> Iterator[Item]:
             try:
                 with _watched(workers):
                     batch = next(iterator)
-            except (RuntimeError, _ProcessDiedError):
-                dead = [worker for worker in workers if not worker.is_alive()]
+            except (RuntimeError, OSError, EOFError, _ProcessDiedError) as error:
+                dead = _dead(workers, patience_s=0.0 if isinstance(error, RuntimeError) else _PATIENCE_S)
                 if not dead:
                     raise
                 raise _ProcessDiedError(_how_ended(dead[0])) from None
@@ -128,6 +130,18 @@ def _watched(workers: Sequence[BaseProcess]) -> Iterator[None]:
         signal.signal(signal.SIGCHLD, look)
         look()
         yield
+
+
+def _dead(workers: Sequence[BaseProcess], patience_s: float) -> list[BaseProcess]:
+    """Return the processes that are gone, at the latest so many seconds from now.
+
+    A process that is killed while a batch is fetched from it breaks its connections a moment before it is gone.
+    """
+    ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], patience_s)
+    for worker in workers:
+        if worker.sentinel in ended:
+            worker.join()  # its end is announced before the system knows how it ended
+    return [worker for worker in workers if not worker.is_alive()]
 
 
 def _end(workers: Sequence[BaseProcess]) -> None:

@@ -11,6 +11,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from dinov2_equi.data.datasets.base import ImageDataset, image_to_tensor
+from dinov2_equi.data.datasets.blocks import spread_images
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -83,6 +84,4 @@ def load_images(dataset: ImageDataset, indices: Iterable[int], transform: EvalTr
 
 def eval_images(dataset: ImageDataset, size: int, count: int) -> Tensor:
     """Return up to `count` images, evenly spread over a data set, resized and cropped: [n, 3, size, size] in [0, 1]."""
-    count = min(count, len(dataset))
-    indices = [i * len(dataset) // count for i in range(count)]
-    return load_images(dataset, indices, EvalTransform(size))
+    return load_images(dataset, spread_images(dataset, count), EvalTransform(size))

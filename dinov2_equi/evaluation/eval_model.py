@@ -6,13 +6,14 @@ channels are the equivariant ones, travels with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dinov2_equi.data.datasets.channels import ChannelFormat, channel_format
 from dinov2_equi.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize
 from dinov2_equi.equi.families.base import FamilySettings
 from dinov2_equi.equi.feature_split import FeatureSplit
@@ -60,6 +61,7 @@ class EvalModel:
         split: divides the channels into an invariant and an equivariant part; None where there are no such parts.
         split_block: block whose tokens hold the equivariant part, counted from 0; None for the last.
         families: ranges and fill of the transforms that it was trained with; None where it was trained without.
+        channels: how the files of its images are read; None: as photographs.
     """
 
     name: str
@@ -71,6 +73,7 @@ class EvalModel:
     split: FeatureSplit | None = None
     split_block: int | None = None
     families: FamilySettings | None = None
+    channels: ChannelFormat | None = None
 
     @property
     def feature_names(self) -> tuple[str, ...]:
@@ -106,7 +109,7 @@ class EvalModel:
         """Return class tokens of the last n blocks and the mean patch token of the last, of images in [0, 1].
 
         Args:
-            images: [B, 3, H, W] in [0, 1], not normalised, on the backbone's device.
+            images: [B, C, H, W] in [0, 1], not normalised, on the backbone's device.
             n: from 1 to `num_blocks`.
 
         Raises:
@@ -125,7 +128,7 @@ class EvalModel:
         return BlockTokens(cls.float(), outputs[-1][0].mean(dim=1).float())
 
     def tokens(self, images: Tensor) -> Tokens:
-        """Return the tokens of images [B, 3, H, W] in [0, 1], not normalised, on the backbone's device."""
+        """Return the tokens of images [B, C, H, W] in [0, 1], not normalised, on the backbone's device."""
         with eval_mode(self.backbone):
             output = self.backbone.forward_features(normalize(images, self.mean, self.std))  # type: ignore[operator]
         return Tokens(output["x_norm_clstoken"], output["x_norm_patchtokens"])
@@ -151,7 +154,7 @@ class EvalModel:
             class token and the mean patch token one after the other; float32 on the CPU.
 
         Raises:
-            ValueError: for images that are not [n, 3, H, W], or no image at all.
+            ValueError: for images that are not [n, C, H, W], or no image at all.
         """
         batches: list[dict[str, Tensor]] = []
         with eval_mode(self.backbone):
@@ -194,6 +197,44 @@ def select_features(features: dict[str, Tensor], name: str) -> Tensor:
     if name not in features:
         raise ValueError(f"no features {name!r}; this backbone has {', '.join(('both', *features))}")
     return features[name]
+
+
+def shared_channels(models: Sequence[EvalModel]) -> ChannelFormat | None:
+    """Return how files are read for backbones that are to see the same images; None: as photographs.
+
+    Raises:
+        ValueError: they are to be read in different ways, or it is not known how; names the backbones.
+    """
+    formats = {model.name: _channels_of(model) for model in models}
+    if len(set(formats.values())) > 1:
+        shown = ", ".join(f"{name} {'photographs' if form is None else form}" for name, form in formats.items())
+        raise ValueError(f"the backbones read different images ({shown}): measure them one by one")
+    return next(iter(formats.values()), None)
+
+
+def check_photographs(model: EvalModel) -> None:
+    """Refuse a backbone of other images where a harness has photographs alone.
+
+    Raises:
+        ValueError: names its channels, and what measures it.
+    """
+    channels = _channels_of(model)
+    if channels is not None:
+        raise ValueError(
+            f"{model.name} reads {channels}, and this measurement has photographs of red, green and blue alone: "
+            "classification/run.py and knn.py, equivariance, homography and run/extract.py take such images"
+        )
+
+
+def _channels_of(model: EvalModel) -> ChannelFormat | None:
+    """Return how a backbone's files are read."""
+    width = getattr(getattr(model.backbone, "patch_embed", None), "in_chans", len(model.mean))
+    if width != len(model.mean):
+        raise ValueError(
+            f"{model.name} reads images of {width} channels, and weights alone do not say their mean, deviation and "
+            "range: give the run folder, whose configuration does"
+        )
+    return model.channels or channel_format(len(model.mean), None)
 
 
 def default_image_size(trained_size: int, patch_size: int) -> int:

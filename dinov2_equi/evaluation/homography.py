@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
 from dinov2_equi.data.datasets.base import ImageDataset
+from dinov2_equi.data.restarting_loader import RestartingLoader
 from dinov2_equi.data.signals import start_worker
 from dinov2_equi.distributed.collectives import (
     all_reduce_mean,
@@ -164,7 +165,7 @@ class HomographyNet(nn.Module):
         self.is_frozen = settings.backbone_lr == 0
         device = next((p.device for p in model.backbone.parameters()), torch.device("cpu"))
         with torch.no_grad():
-            dim, *grid = self._maps(torch.zeros(1, 3, *self.size, device=device)).shape[1:]
+            dim, *grid = self._maps(torch.zeros(1, len(model.mean), *self.size, device=device)).shape[1:]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.head = HomographyHead(dim, (grid[0], grid[1]), settings.width, settings.pairs.max_shift).to(device)
@@ -174,7 +175,7 @@ class HomographyNet(nn.Module):
         return feature_map(self.model, images, features=self.settings.features)
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """Return the shifts [B, 4, 2] in pixels between patches [B, 3, P, P] in [0, 1]."""
+        """Return the shifts [B, 4, 2] in pixels between patches [B, C, P, P] in [0, 1]."""
         images = resample(torch.cat([first, second]), self.size)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
             maps = self._maps(images)  # [2 * B, D, h, w]
@@ -240,7 +241,7 @@ def fit_homography(
     return measure_homography(net, test, losses, device=device, num_workers=num_workers)
 
 
-def _loader(train: ImageDataset, settings: HomographySettings, start: int, num_workers: int) -> DataLoader[Pair]:
+def _loader(train: ImageDataset, settings: HomographySettings, start: int, num_workers: int) -> RestartingLoader[Pair]:
     """Return the batches of this process from a step on."""
     pairs = HomographyPairs(
         train, settings.pairs, length=settings.steps * settings.batch_size, stream=TRAIN_STREAM, seed=settings.seed

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from dinov2_equi.data.datasets.channels import channels_as_rgb
 from dinov2_equi.equi import geometry
 from dinov2_equi.evaluation.figures import GREEN, INK, ORANGE
 from dinov2_equi.evaluation.homography_pairs import Pair, corner_errors
@@ -48,7 +49,7 @@ def homography_figure(pairs: Sequence[Pair], predicted: Tensor) -> Figure:
 
 
 def put_back(pair: Pair, shifts: Tensor) -> Tensor:
-    """Return the second patch where the homography of `shifts` [4, 2] puts it, over the darkened image: [3, W, W].
+    """Return the second patch where the homography of `shifts` [4, 2] puts it, over the darkened image: [C, W, W].
 
     Shifts whose corners make no convex quadrilateral, as a head may answer, leave the dark image.
     """
@@ -75,7 +76,7 @@ def _is_convex(quad: Tensor) -> bool:
 
 
 def _show(axes: Axes, picture: Tensor, title: str) -> None:
-    axes.imshow(picture.clamp(0, 1).permute(1, 2, 0).numpy())
+    axes.imshow(channels_as_rgb(picture).clamp(0, 1).permute(1, 2, 0).numpy())
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     if title:

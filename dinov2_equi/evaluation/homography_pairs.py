@@ -65,17 +65,17 @@ class Pair(NamedTuple):
     """One pair; of a batch each field has a leading axis B."""
 
     first: Tensor
-    """[3, P, P] float32 in [0, 1], a patch of the image, P pixels a side."""
+    """[C, P, P] float32 in [0, 1], a patch of the image, P pixels a side."""
 
     second: Tensor
-    """[3, P, P], what lies in the quadrilateral, drawn up to a square."""
+    """[C, P, P], what lies in the quadrilateral, drawn up to a square."""
 
     shifts: Tensor
     """[4, 2] float32 pixels (x, y): where the corners of the first patch have to go to make the quadrilateral. Top
     left, top right, bottom right, bottom left, as `geometry.corners`."""
 
     window: Tensor
-    """[3, W, W], the image around the first patch, which lies in its middle."""
+    """[C, W, W], the image around the first patch, which lies in its middle."""
 
 
 def make_pair(image: Tensor, settings: PairSettings, rng: np.random.Generator) -> Pair:
@@ -86,7 +86,7 @@ def make_pair(image: Tensor, settings: PairSettings, rng: np.random.Generator) -
     filled in.
 
     Args:
-        image: [3, H, W] float32 in [0, 1] of `settings.image_size`.
+        image: [C, H, W] float32 in [0, 1] of `settings.image_size`.
         settings: sizes.
         rng: draws the place, then the shifts.
     """
@@ -145,7 +145,8 @@ class HomographyPairs(Dataset[Pair]):
         image = self.images.load_tensor(int(order[place]), max(self.settings.image_size))
         resized = tvf.resize(image, list(self.settings.image_size), InterpolationMode.BICUBIC, antialias=True)
         rng = random_generator(self._stream, self._seed, index)
-        return make_pair(resized.float() / 255, self.settings, rng)
+        values = resized.clamp(0, 1) if resized.is_floating_point() else resized.float() / 255
+        return make_pair(values, self.settings, rng)
 
 
 @functools.lru_cache(maxsize=4)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dinov2_equi.data.datasets.base import DatasetError, ImageDataset
-from dinov2_equi.data.datasets.holdout import Subset
+from dinov2_equi.data.datasets.channels import RGB_CHANNELS
+from dinov2_equi.data.datasets.holdout import evenly_spread
 from dinov2_equi.data.transforms import EvalTransform
 from dinov2_equi.evaluation.labelled import image_batches, matching_labels
 
@@ -21,8 +22,8 @@ class ProbeImages:
     """Images to train and to test probes on, disjoint, all of one size.
 
     Attributes:
-        train: [n, 3, H, W] uint8, or float32 in [0, 1].
-        test: [m, 3, H, W], other images.
+        train: [n, C, H, W] uint8, or float32 in [0, 1].
+        test: [m, C, H, W], other images.
         labels: class numbers of both, [n] and [m] int64; None where the images have no classes.
     """
 
@@ -32,8 +33,8 @@ class ProbeImages:
 
     @property
     def is_grey(self) -> bool:
-        """Whether no training image has any colour."""
-        return bool((self.train == self.train[:, :1]).all())
+        """Whether no training image has any colour, which only photographs have."""
+        return self.train.shape[1] != RGB_CHANNELS or bool((self.train == self.train[:, :1]).all())
 
 
 def load_probe_images(
@@ -48,6 +49,8 @@ def load_probe_images(
 ) -> ProbeImages:
     """Return images as uint8 [n, 3, size, size], resized and cropped, with labels where both sets have classes.
 
+    Those that are read channel by channel stay float32 [n, C, size, size] in [0, 1].
+
     Args:
         train, test: disjoint data sets.
         size: side, pixels.
@@ -58,11 +61,13 @@ def load_probe_images(
     Raises:
         DatasetError: an image cannot be decoded; names the file.
     """
-    few_train, few_test = _spread(train, max_train), _spread(test, max_test)
+    few_train, few_test = evenly_spread(train, max_train), evenly_spread(test, max_test)
     transform = EvalTransform(size)
 
-    def load(images: Subset) -> Tensor:
+    def load(images: ImageDataset) -> Tensor:
         batches = image_batches(images, transform, batch_size=batch_size, num_workers=num_workers)
+        if images.load_tensor(0).is_floating_point():
+            return torch.cat(list(batches))
         # The transform divides whole numbers by 255: nothing is lost on the way back.
         return torch.cat([(batch * 255).round().to(torch.uint8) for batch in batches])
 
@@ -72,11 +77,6 @@ def load_probe_images(
 def as_float(images: Tensor) -> Tensor:
     """Return images as float32 in [0, 1], whether they are so already or uint8 in 0..255."""
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
-
-
-def _spread(dataset: ImageDataset, count: int) -> Subset:
-    count = min(count, len(dataset))
-    return Subset(dataset, [index * len(dataset) // count for index in range(count)])
 
 
 def _labels(train: ImageDataset, test: ImageDataset) -> tuple[Tensor, Tensor] | None:

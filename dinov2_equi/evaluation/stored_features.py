@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dinov2_equi.data.datasets.base import ImageDataset
+from dinov2_equi.data.datasets.blocks import spread_images
 from dinov2_equi.data.transforms import EvalTransform
 from dinov2_equi.evaluation.eval_model import BlockTokens, EvalModel
 from dinov2_equi.evaluation.labelled import image_batches
@@ -186,8 +187,7 @@ def dataset_digest(dataset: ImageDataset) -> str:
     for index in range(len(dataset)):
         digest.update(dataset.name(index).encode() + b"\0")
     digest.update(json.dumps([dataset.targets, dataset.classes]).encode())
-    count = min(_NUM_SAMPLES, len(dataset))
-    for number in range(count):
-        image = dataset.load_tensor(number * len(dataset) // count)
+    for index in spread_images(dataset, _NUM_SAMPLES):
+        image = dataset.load_tensor(index)
         digest.update(str(list(image.shape)).encode() + image.contiguous().numpy().tobytes())
     return digest.hexdigest()

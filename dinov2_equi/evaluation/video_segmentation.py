@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinov2_equi.data.datasets.base import DatasetError, image_to_tensor
+from dinov2_equi.data.datasets.base import DatasetError, image_to_tensor, spread_indices
 from dinov2_equi.data.datasets.decode import read_rgb
 from dinov2_equi.data.datasets.video_clips import VideoClip
 from dinov2_equi.evaluation.dense_features import at_image_size, check_features, fit_size, frozen_feature_map, resample
@@ -405,8 +405,7 @@ def clip_pictures(clip: VideoClip, mask_paths: Sequence[Path], max_frames: int |
         max_frames: at most so many; None: all.
     """
     predicted = VideoClip(clip.name, clip.frames, tuple(mask_paths))
-    count = min(len(clip.frames), max_frames or len(clip.frames))
-    numbers = [index * len(clip.frames) // count for index in range(count)]
+    numbers = spread_indices(len(clip.frames), max_frames or len(clip.frames))
     sources = [predicted, clip] if all(clip.masks) else [predicted]
     size: tuple[int, int] | None = None
     for number in numbers:

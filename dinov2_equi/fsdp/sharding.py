@@ -5,6 +5,7 @@ Every parameter is cut along its first axis into equal runs of rows, the last on
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -62,6 +63,8 @@ def shard_(
     )
     for name in methods:
         register_fsdp_forward_method(module, name)
+    # Class and patch tokens are views of one tensor. What FSDP warns of, once a process, is to change them in place.
+    warnings.filterwarnings("ignore", message=rf"FSDP2-wrapped module \({type(module).__name__}\) returned a view")
 
 
 def is_sharded(tensor: Tensor) -> bool:

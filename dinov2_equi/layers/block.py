@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from dinov2_equi.layers.attention import Attention
+from dinov2_equi.layers.backend import AttendFunction
 from dinov2_equi.layers.layer_scale import LayerScale
 from dinov2_equi.layers.mlp import Mlp
 from dinov2_equi.layers.packing import TokenLayout
@@ -75,24 +77,26 @@ class Block(nn.Module):
         self.mlp = ffn_layer(dim, int(dim * mlp_ratio), act_layer=act_layer, bias=ffn_bias)
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
 
-    def forward(self, x: Tensor, layout: TokenLayout | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: TokenLayout | None = None, attend: AttendFunction | None = None) -> Tensor:
         """Run the block.
 
         Args:
             x: packed tokens [R, D] with their `layout`; or [B, T, D] without one.
             layout: where each image lies in the packed tokens.
+            attend: see `Attention`.
 
         Returns:
             A tensor of the shape of `x`.
         """
         if layout is None:
             batch, tokens, _ = x.shape
-            return self.forward(x.flatten(0, 1), ((batch, tokens),)).view_as(x)  # [B, T, D]
-        x = self._add_branch(x, layout, self._attention_branch)
+            return self.forward(x.flatten(0, 1), ((batch, tokens),), attend).view_as(x)  # [B, T, D]
+        attention = self._attention_branch if attend is None else partial(self._attention_branch, attend=attend)
+        x = self._add_branch(x, layout, attention)
         return self._add_branch(x, layout, self._feed_forward_branch)
 
-    def _attention_branch(self, x: Tensor, layout: TokenLayout) -> Tensor:
-        out: Tensor = self.ls1(self.attn(self.norm1(x), layout))
+    def _attention_branch(self, x: Tensor, layout: TokenLayout, attend: AttendFunction | None = None) -> Tensor:
+        out: Tensor = self.ls1(self.attn(self.norm1(x), layout, attend))
         return out
 
     def _feed_forward_branch(self, x: Tensor, layout: TokenLayout) -> Tensor:

@@ -6,12 +6,12 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn, track
 from rich.text import Text
 
 from dinov2_equi.logging.console import get_console, is_interactive
@@ -23,6 +23,7 @@ _RATE_WINDOW_STEPS = 50
 _TOTAL_LOSS = "total_loss"
 
 Clock = Callable[[], float]
+ItemT = TypeVar("ItemT")
 
 
 def format_duration(seconds: float) -> str:
@@ -216,3 +217,9 @@ def counting(what: str, description: str) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not is_interactive(console)) as progress:
         task = progress.add_task(description, total=None)
         yield lambda count: progress.advance(task, count)
+
+
+def tracked(items: Sequence[ItemT], description: str) -> Iterator[ItemT]:
+    """Yield the items; on a terminal, and only there, a bar shows how many are done."""
+    console = get_console()
+    yield from track(items, description, console=console, transient=True, disable=not is_interactive(console))

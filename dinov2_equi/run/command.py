@@ -64,18 +64,21 @@ def run_command(
         for name in (getattr(args, "device", "cpu"), *getattr(args, "knn_devices", ())):
             check_device(name)
         return command(args)
-    except (torch.OutOfMemoryError, MemoryError):
-        return _end(_OUT_OF_MEMORY, EXIT_USER_ERROR)
     except (ValueError, OSError, ImportError, CheckpointError) as error:
         return _end(f"error: {_one_line(error)}", EXIT_USER_ERROR)
-    except RuntimeError as error:
-        if _CPU_ALLOCATOR not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
         return _end(_OUT_OF_MEMORY, EXIT_USER_ERROR)
     except RunStopped as stopped:
         return _end(str(stopped), EXIT_INTERRUPTED if stopped.signal == signal.SIGINT else EXIT_STOPPED)
     except KeyboardInterrupt:
         return _end(interrupted, EXIT_INTERRUPTED)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that the memory of a device, or of the machine, does not suffice."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _CPU_ALLOCATOR in str(error)
 
 
 def _end(message: str, code: int) -> int:

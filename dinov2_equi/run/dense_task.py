@@ -7,10 +7,12 @@ as a SLURM job, divide the images of each step and those that are measured among
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -21,14 +23,14 @@ from torch import nn
 from dinov2_equi.distributed.collectives import largest_of_ranks, wait_for_all_ranks
 from dinov2_equi.distributed.env import get_rank, get_world_size, is_main_process
 from dinov2_equi.evaluation.dense.settings import read_settings
-from dinov2_equi.evaluation.dense.training import LoopSettings, Losses, TrainingSamples, train
-from dinov2_equi.evaluation.eval_model import EvalModel
+from dinov2_equi.evaluation.dense.training import WITHOUT_EFFECT, LoopSettings, Losses, TrainingSamples, train
+from dinov2_equi.evaluation.eval_model import EvalModel, check_photographs
 from dinov2_equi.evaluation.figures import figure_png
 from dinov2_equi.evaluation.results import write_results
 from dinov2_equi.evaluation.stored_features import weights_digest
 from dinov2_equi.logging.setup import setup_logging
 from dinov2_equi.run import launch
-from dinov2_equi.run.command import EXIT_DONE, add_device, command_parser
+from dinov2_equi.run.command import EXIT_DONE, add_device, command_parser, is_out_of_memory
 from dinov2_equi.run.launch import shown_progress
 from dinov2_equi.run.load import FORMS, load_eval_model
 from dinov2_equi.train.stopping import RunStopped, StopRequest
@@ -53,6 +55,27 @@ class DenseData(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class TaskRun(Generic[SettingsT, DataT, ModelT]):
+    """One training of a task.
+
+    Attributes:
+        name: of the backbone.
+        args: the command line.
+        settings: the recipe.
+        model: what is trained.
+        val: images that are measured.
+        identity: what the training depends on.
+    """
+
+    name: str
+    args: argparse.Namespace
+    settings: SettingsT
+    model: ModelT
+    val: DataT
+    identity: Mapping[str, Any]
+
+
 class DenseTask(ABC, Generic[SettingsT, DataT, ModelT]):
     """What a dense task is beside the run of it.
 
@@ -71,8 +94,12 @@ class DenseTask(ABC, Generic[SettingsT, DataT, ModelT]):
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Add the arguments that this task alone has."""
 
-    def check_libraries(self) -> None:
+    def check_libraries(self, args: argparse.Namespace) -> None:
         """Raise ImportError where a library is missing: before an hour of training, not after it."""
+
+    def memory_advice(self, settings: SettingsT) -> str:
+        """Return which settings to lower where memory runs out."""
+        return f"lower batch_size (now {settings.batch_size}), or take smaller crops or images, by --set"
 
     @abstractmethod
     def load_data(self, args: argparse.Namespace) -> tuple[DataT, DataT]:
@@ -102,16 +129,31 @@ class DenseTask(ABC, Generic[SettingsT, DataT, ModelT]):
     def losses(self, model: ModelT, batch: Any, settings: SettingsT, device: str) -> Losses:
         """Return the terms of the loss; see `training.Losses`."""
 
+    def after_step(self, run: TaskRun[SettingsT, DataT, ModelT], step: int) -> None:
+        """Do what is due after `step` steps, in every process; the model may be left in evaluation mode."""
+
     @abstractmethod
-    def evaluate(self, model: ModelT, val: DataT, settings: SettingsT, on_image: Callable[[], None]) -> dict[str, Any]:
+    def evaluate(self, run: TaskRun[SettingsT, DataT, ModelT], on_image: Callable[[], None]) -> dict[str, Any]:
         """Return the measures; every process calls it, and `on_image` after each image of its share."""
 
     def baselines(self, train: DataT, val: DataT, device: str) -> dict[str, Any]:
         """Return the measures of what needs no backbone, by name; every process calls it."""
         return {}
 
+    def about_training(
+        self, run: TaskRun[SettingsT, DataT, ModelT], found: Mapping[str, Any], losses: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return more numbers of the training, by name, and write files of them; the first process alone calls it.
+
+        Args:
+            run: the training, done.
+            found: what was measured after it.
+            losses: of `loss_curve`.
+        """
+        return {}
+
     @abstractmethod
-    def figure(self, args: argparse.Namespace, model: ModelT, val: DataT, settings: SettingsT) -> Figure:
+    def figure(self, run: TaskRun[SettingsT, DataT, ModelT]) -> Figure:
         """Return photographs with what is true and what was found."""
 
     @abstractmethod
@@ -122,7 +164,13 @@ class DenseTask(ABC, Generic[SettingsT, DataT, ModelT]):
 AnyTask = DenseTask[Any, Any, Any]
 
 
-def run_dense_task(task: AnyTask, description: str | None, script: Path, argv: Sequence[str] | None) -> int:
+def run_dense_task(
+    task: AnyTask,
+    description: str | None,
+    script: Path,
+    argv: Sequence[str] | None,
+    command: Callable[[AnyTask, argparse.Namespace], str] | None = None,
+) -> int:
     """Run the command of a task and return its exit code; a fault of the input ends in one line on stderr.
 
     Args:
@@ -130,10 +178,11 @@ def run_dense_task(task: AnyTask, description: str | None, script: Path, argv: S
         description: of the script, as its docstring.
         script: its file.
         argv: the words of the command; None: those of this process.
+        command: trains, measures, writes and returns the table as text; None: `train_and_measure`.
     """
 
     def here(args: argparse.Namespace) -> int:
-        shown = train_and_measure(task, args)
+        shown = (command or train_and_measure)(task, args)
         if is_main_process():
             print(shown)
             print(f"written: {args.output / RESULTS_FILE}, {args.output / PICTURE_FILE}")
@@ -142,7 +191,7 @@ def run_dense_task(task: AnyTask, description: str | None, script: Path, argv: S
     def check(args: argparse.Namespace) -> None:
         read_task_settings(task, args)
         task.load_data(args)
-        load_eval_model(args.weights)
+        check_photographs(load_eval_model(args.weights))
 
     return launch.run_launched(
         here,
@@ -184,7 +233,7 @@ def read_task_settings(task: AnyTask, args: argparse.Namespace) -> Any:
     """
     settings = read_settings(task.settings, args.config, args.set)
     settings.check()
-    task.check_libraries()
+    task.check_libraries(args)
     return settings
 
 
@@ -193,15 +242,15 @@ def train_and_measure(task: AnyTask, args: argparse.Namespace) -> str:
     settings = read_task_settings(task, args)
     train_set, val = task.load_data(args)
     backbone = load_eval_model(args.weights, seed=settings.seed).to(args.device)
-    facts = task.facts(train_set)
-    names = [train_set.name(index) for index in range(len(train_set))]
-    identity = training_identity(args, backbone, dataclasses.asdict(settings) | facts, names)
+    check_photographs(backbone)
+    identity = identity_of(task, args, backbone, settings, train_set)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = task.build(backbone, settings, train_set).to(args.device)
+    run = TaskRun(backbone.name, args, settings, model, val, identity)
     setup_logging(args.output, get_rank())
-    with StopRequest().listening() as stop:
-        history = _train(task, args, model, train_set, settings=settings, identity=identity, stop=stop)
+    with explained_memory(task.memory_advice(settings)), StopRequest().listening() as stop:
+        history = _train(task, run, train_set, stop)
         with shown_progress(len(val)) as progress:
 
             def advance() -> None:
@@ -209,39 +258,61 @@ def train_and_measure(task: AnyTask, args: argparse.Namespace) -> str:
                     _stop_if_asked(stop.signal, settings.steps)
                 progress.update(min(progress.steps_done + get_world_size(), len(val)))
 
-            found = task.evaluate(model, val, settings, advance)
+            found = task.evaluate(run, advance)
         _stop_if_asked(largest_of_ranks(stop.signal, args.device), settings.steps)
         found |= task.baselines(train_set, val, args.device)
     if is_main_process():
-        recipe = {"num_train_images": len(train_set), "recipe": dataclasses.asdict(settings)}
-        write_results(
-            args.output / RESULTS_FILE,
-            {backbone.name: found | {"train_loss": loss_curve(history)}},
-            task=task.name,
-            seed=settings.seed,
-            settings=launch.described(args) | recipe | facts,
-        )
-        (args.output / PICTURE_FILE).write_bytes(figure_png(task.figure(args, model, val, settings)))
+        write_outputs(task, run, train_set, found, history)
     wait_for_all_ranks()
     return task.table(backbone.name, found)
 
 
-def _train(
-    task: AnyTask,
-    args: argparse.Namespace,
-    model: nn.Module,
-    train_set: Any,
-    *,
-    settings: Any,
-    identity: Mapping[str, Any],
-    stop: StopRequest,
-) -> list[float]:
+def write_outputs(
+    task: AnyTask, run: TaskRun[Any, Any, Any], train_set: Any, found: Mapping[str, Any], history: Sequence[float]
+) -> None:
+    """Write results and picture of a training.
+
+    Args:
+        task: what was trained and measured.
+        run: the training, done.
+        train_set: images that were trained on.
+        found: what was measured after it.
+        history: the loss of every step.
+    """
+    args, settings, losses = run.args, run.settings, loss_curve(history)
+    recipe = {"num_train_images": len(train_set), "recipe": dataclasses.asdict(settings)}
+    write_results(
+        args.output / RESULTS_FILE,
+        {run.name: {**found, **task.about_training(run, found, losses), "train_loss": losses}},
+        task=task.name,
+        seed=settings.seed,
+        settings=launch.described(args) | recipe | task.facts(train_set),
+    )
+    (args.output / PICTURE_FILE).write_bytes(figure_png(task.figure(run)))
+
+
+def identity_of(
+    task: AnyTask, args: argparse.Namespace, backbone: EvalModel, settings: Any, train_set: Any
+) -> dict[str, Any]:
+    """Return the `training_identity` of a task."""
+    names = [train_set.name(index) for index in range(len(train_set))]
+    return training_identity(args, backbone, dataclasses.asdict(settings) | task.facts(train_set), names)
+
+
+def _train(task: AnyTask, run: TaskRun[Any, Any, Any], train_set: Any, stop: StopRequest) -> list[float]:
     """Train, or go on with a training that was stopped, while a display shows how far it is.
 
     Raises:
         RunStopped: on a signal, once the step is finished and saved.
     """
+    args, settings, model = run.args, run.settings, run.model
     with shown_progress(settings.steps, images_per_step=settings.batch_size) as progress:
+
+        def after_step(done: int, terms: Losses) -> None:
+            progress.update(done, terms)
+            task.after_step(run, done)
+            model.train()
+
         history = train(
             model,
             task.backbone_of(model),
@@ -249,10 +320,10 @@ def _train(
             TrainingSamples(task.augmentation(settings, train_set), len(train_set), settings.seed),
             settings=settings,
             folder=args.output,
-            identity=identity,
+            identity=run.identity,
             num_workers=args.num_workers,
             collate=task.collate(),
-            on_step=progress.update,
+            on_step=after_step,
             asked_to_stop=lambda: stop.signal > 0,
         )
     if len(history) < settings.steps:
@@ -266,12 +337,30 @@ def _stop_if_asked(signal: int, step: int) -> None:
         raise RunStopped(signal, step)
 
 
+@contextlib.contextmanager
+def explained_memory(advice: str) -> Iterator[None]:
+    """Say what to change where memory runs out, of the device or of the machine.
+
+    Args:
+        advice: which settings to lower, with their values.
+
+    Raises:
+        ValueError: with the advice, in place of the allocator's error.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(f"there is not enough memory: {advice}") from error
+
+
 def training_identity(
     args: argparse.Namespace, model: EvalModel, settings: Mapping[str, Any], names: Iterable[str]
 ) -> dict[str, Any]:
     """Return what a training depends on: backbone, data and settings; a checkpoint of another one is refused."""
     digest = hashlib.sha256("\0".join(Path(name).name for name in names).encode()).hexdigest()
-    kept = {name: value for name, value in settings.items() if name != "save_every"}
+    kept = {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
     return {"weights": weights_digest(model.backbone), "layout": args.layout, "images": digest, "settings": kept}
 
 

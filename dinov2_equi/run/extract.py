@@ -28,7 +28,7 @@ from torch import Tensor
 from dinov2_equi.data.datasets.base import ImageDataset
 from dinov2_equi.data.datasets.make import make_dataset
 from dinov2_equi.data.transforms import EvalTransform
-from dinov2_equi.evaluation.eval_model import HALF_FEATURES, PLAIN_FEATURES, EvalModel, select_features
+from dinov2_equi.evaluation.eval_model import HALF_FEATURES, PLAIN_FEATURES, EvalModel, select_features, shared_channels
 from dinov2_equi.evaluation.labelled import image_batches
 from dinov2_equi.logging.progress import training_progress
 from dinov2_equi.run.command import EXIT_DONE, add_device, command_parser, run_command
@@ -123,8 +123,9 @@ def command(args: argparse.Namespace) -> int:
         raise ValueError(f"--out must end in {', '.join(SUFFIXES)}, got {args.out}")
     if args.out.suffix == ".parquet":
         _pyarrow()  # before the images are read
-    dataset = make_dataset(args.data)
-    features = extract(args, load_eval_model(args.weights, size=args.size), dataset)
+    model = load_eval_model(args.weights, size=args.size)
+    dataset = make_dataset(args.data, shared_channels([model]))
+    features = extract(args, model, dataset)
     write(args.out, [dataset.name(index) for index in range(len(dataset))], features)
     print(f"{len(features)} images, {features.shape[1]} features each: {args.out}")
     return EXIT_DONE

@@ -18,7 +18,7 @@ from dinov2_equi.hub.released import released_dinov2
 from dinov2_equi.models.registry import ARCHS
 from dinov2_equi.models.vision_transformer import DinoVisionTransformer
 from dinov2_equi.models.weights import load_exact, read_part
-from dinov2_equi.train.build import build_initial_student
+from dinov2_equi.train.build import build_initial_student, channel_format
 from dinov2_equi.train.build_model import equi_block, equi_dim, family_settings, has_split
 from dinov2_equi.train.export import BACKBONE_FILE, SPLIT, TEACHER_FILE
 from dinov2_equi.train.settings import load_run_config
@@ -51,7 +51,8 @@ DATA_FORMS = (
 def load_eval_models(specs: Sequence[str], *, size: int | None = None, seed: int = 0) -> list[EvalModel]:
     """Return the backbones that strings name, each under a name of its own.
 
-    `random` stands for the weights that the first run among them started from. The caller's random state is not moved.
+    `random` stands for the weights that the first run among them started from, and `pixels` are normalised as those of
+    the first that reads other images than photographs. The caller's random state is not moved.
 
     Raises:
         ValueError: for a string of no known form, or weights that do not fit; names the string.
@@ -65,7 +66,15 @@ def load_eval_models(specs: Sequence[str], *, size: int | None = None, seed: int
             model = _load_start(first_run) if spec == RANDOM else load_eval_model(spec, size=size, seed=seed)
         taken = {other.name for other in models}
         models.append(replace(model, name=_unique(model.name, spec, taken)))
-    return models
+    return [_of_same_images(model, models) for model in models]
+
+
+def _of_same_images(model: EvalModel, models: Sequence[EvalModel]) -> EvalModel:
+    """Return the raw pixels of the images that the others read, and any other model as it is."""
+    other = next((other for other in models if other.channels is not None), None)
+    if other is None or not isinstance(model.backbone, RawPixels):
+        return model
+    return replace(model, mean=other.mean, std=other.std, channels=other.channels)
 
 
 def _load_start(run: Path | None) -> EvalModel:
@@ -186,6 +195,7 @@ def _from_config(name: str, cfg: Config, backbone: DinoVisionTransformer, split:
         split=split,
         split_block=equi_block(cfg) if split is not None else None,
         families=family_settings(cfg),
+        channels=channel_format(cfg),
     )
 
 

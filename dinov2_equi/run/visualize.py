@@ -22,9 +22,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dinov2_equi.config.derive import derive
+from dinov2_equi.data.datasets.base import ImageDataset
+from dinov2_equi.data.datasets.channels import as_channels, channels_as_rgb
 from dinov2_equi.data.datasets.files import ImageFiles
 from dinov2_equi.data.transforms import EvalTransform, load_images, normalize
-from dinov2_equi.evaluation.eval_model import EvalModel
+from dinov2_equi.evaluation.eval_model import EvalModel, shared_channels
 from dinov2_equi.evaluation.feature_maps import class_attention, compact_directions
 from dinov2_equi.evaluation.figures import figure_png
 from dinov2_equi.evaluation.pictures import pca_colors
@@ -56,7 +58,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def look(args: argparse.Namespace, model: EvalModel, files: ImageFiles) -> list[ImageView]:
+def look(args: argparse.Namespace, model: EvalModel, files: ImageDataset) -> list[ImageView]:
     """Return what is shown of each image.
 
     Raises:
@@ -72,7 +74,7 @@ def look(args: argparse.Namespace, model: EvalModel, files: ImageFiles) -> list[
     return [
         ImageView(
             name=Path(files.name(index)).name,
-            image=images[index].cpu(),
+            image=channels_as_rgb(images[index]).cpu(),
             pca=colors[index],
             attention=None if attention is None else attention[index],
             directions=compact_directions(tokens[index]),
@@ -89,7 +91,7 @@ def _attention(model: EvalModel, images: Tensor, grid: tuple[int, int]) -> Tenso
     return attention.reshape(*attention.shape[:2], *grid)
 
 
-def strip(weights: str, files: ImageFiles, device: torch.device) -> Figure | None:
+def strip(weights: str, files: ImageDataset, device: torch.device) -> Figure | None:
     """Return views, targets and reconstructions of a run, or None where there is no decoder or no checkpoint."""
     folder = Path(weights).expanduser()
     if not is_run(weights) or not (folder / CHECKPOINTS).is_dir():
@@ -120,8 +122,11 @@ def write(folder: Path, title: str, views: list[ImageView], equivariance: Figure
 
 def command(args: argparse.Namespace) -> int:
     """Look at the images, and write pictures and page."""
-    files = ImageFiles(args.images)
+    files: ImageDataset = ImageFiles(args.images)
     model = load_eval_model(args.weights, size=args.size)
+    channels = shared_channels([model])
+    if channels is not None:
+        files = as_channels(files, channels, "the list of files")
     views = look(args, model, files)
     write(args.output, model.name, views, strip(args.weights, files, torch.device(args.device)))
     print(f"written: {args.output / 'index.html'}")

@@ -15,6 +15,7 @@ from dinov2_equi.data.augmentations import DataAugmentationDINO
 from dinov2_equi.data.batch import Batch
 from dinov2_equi.data.datasets import channels as channels_module
 from dinov2_equi.data.datasets.base import DatasetError, ImageDataset, UnreadableImageError
+from dinov2_equi.data.datasets.blocks import spread_images
 from dinov2_equi.data.datasets.channels import ChannelFormat
 from dinov2_equi.data.datasets.holdout import hold_back
 from dinov2_equi.data.datasets.make import make_dataset
@@ -99,18 +100,18 @@ def check_colors(cfg: Config, dataset: ImageDataset) -> None:
     drawn = cfg.equi.mixture if cfg.equi.family == MIXTURE else [cfg.equi.family]
     if not any(name in NEED_COLOR for name in drawn):
         return
-    count = min(_LOOKED_AT, len(dataset))
-    for index in range(count):
+    indices = spread_images(dataset, _LOOKED_AT)
+    for index in indices:
         try:
-            image = dataset.load_tensor(index * len(dataset) // count, _LOOKED_AT_PX)
+            image = dataset.load_tensor(index, _LOOKED_AT_PX)
         except UnreadableImageError:
             continue  # the training replaces it
         if not torch.equal(image, image[:1].expand_as(image)):
             return
     others = ", ".join(name for name in FAMILIES if name not in (*NEED_COLOR, MIXTURE))
     raise ValueError(
-        f"equi.family {cfg.equi.family!r} needs colours, and {count} images spread over {cfg.train.dataset_path} are "
-        f"all grey: choose among {others}"
+        f"equi.family {cfg.equi.family!r} needs colours, and {len(indices)} images spread over "
+        f"{cfg.train.dataset_path} are all grey: choose among {others}"
     )
 
 

@@ -26,7 +26,7 @@ from dinov2_equi.data.datasets.image_net_variants import CORRUPTED, find_corrupt
 from dinov2_equi.data.datasets.make import make_train_and_val
 from dinov2_equi.evaluation.classification import Numbers, TaskSettings, fit_sweep
 from dinov2_equi.evaluation.corruptions import mean_corruption_error, mean_error
-from dinov2_equi.evaluation.eval_model import EvalModel
+from dinov2_equi.evaluation.eval_model import EvalModel, check_photographs
 from dinov2_equi.evaluation.labelled import matching_labels
 from dinov2_equi.evaluation.results import write_results
 from dinov2_equi.evaluation.stored_features import StoredFeatures, stored_features
@@ -121,11 +121,12 @@ def measure(
 
 def run(args: argparse.Namespace) -> dict[str, Numbers]:
     """Return the numbers of every backbone, after writing them to `args.output`."""
-    corrupted = corrupted_sets(args.corrupted)
-    clean = make_train_and_val(args.data, args.train, args.val)
     models = load_eval_models(args.weights, size=args.size)
     for model in models:
+        check_photographs(model)
         model.check_size(args.size or model.image_size)
+    corrupted = corrupted_sets(args.corrupted)
+    clean = make_train_and_val(args.data, args.train, args.val)
     numbers: dict[str, Numbers] = {}
     described: dict[str, Any] = {k: v for k, v in vars(args).items() if k not in ("output", "cache", "seed")}
     for model in models:

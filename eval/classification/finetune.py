@@ -25,6 +25,7 @@ import torch
 import yaml
 
 from dinov2_equi.data.datasets.make import make_train_and_val
+from dinov2_equi.evaluation.eval_model import check_photographs
 from dinov2_equi.evaluation.finetune import (
     AugmentedImages,
     Classifier,
@@ -98,9 +99,10 @@ def read_settings(args: argparse.Namespace) -> FinetuneSettings:
 def run(args: argparse.Namespace) -> FinetuneResult:
     """Fine-tune, write results and classifier, and return what was reached."""
     settings = read_settings(args)
+    model = load_eval_model(args.weights)
+    check_photographs(model)
     train, val = make_train_and_val(args.data, args.train, args.val)
     train_labels, val_labels = matching_labels(train, val)
-    model = load_eval_model(args.weights)
     size = args.size or model.image_size
     model.check_size(size)
     with torch.random.fork_rng(devices=[]):

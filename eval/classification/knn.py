@@ -22,7 +22,7 @@ from torch import Tensor
 from dinov2_equi.data.datasets.base import ImageDataset
 from dinov2_equi.data.datasets.make import make_dataset
 from dinov2_equi.data.transforms import EvalTransform
-from dinov2_equi.evaluation.eval_model import PLAIN_FEATURES, EvalModel, select_features
+from dinov2_equi.evaluation.eval_model import PLAIN_FEATURES, EvalModel, select_features, shared_channels
 from dinov2_equi.evaluation.knn import DEFAULT_KS, TEMPERATURE, weighted_knn
 from dinov2_equi.evaluation.labelled import image_batches, matching_labels
 from dinov2_equi.evaluation.results import write_results
@@ -88,14 +88,15 @@ def load_model(args: argparse.Namespace) -> EvalModel:
 
 def run(args: argparse.Namespace) -> dict[int, float]:
     """Return the accuracy for each k, after writing them to `args.output`."""
-    train, val = make_dataset(args.train), make_dataset(args.val)
+    model = load_model(args)
+    channels = shared_channels([model])
+    train, val = make_dataset(args.train, channels), make_dataset(args.val, channels)
     train_labels, val_labels = matching_labels(train, val)
     ks = [k for k in args.k if k <= len(train)]
     if not ks:
         raise ValueError(
             f"every k of {args.k} is larger than the training set of {len(train)} images; give a smaller --k"
         )
-    model = load_model(args)
     model.check_size(args.size)
     model.to(args.device)
 

@@ -38,7 +38,7 @@ from dinov2_equi.evaluation.classification import (
     Numbers,
     TaskSettings,
 )
-from dinov2_equi.evaluation.eval_model import PLAIN_FEATURES, EvalModel
+from dinov2_equi.evaluation.eval_model import PLAIN_FEATURES, EvalModel, shared_channels
 from dinov2_equi.evaluation.labelled import matching_labels
 from dinov2_equi.evaluation.results import write_results
 from dinov2_equi.evaluation.stored_features import stored_features
@@ -146,7 +146,7 @@ def read_labels(args: argparse.Namespace, train: ImageDataset, val: ImageDataset
 
 def extract(args: argparse.Namespace, models: list[EvalModel]) -> dict[str, LabelledFeatures]:
     """Return the features of all backbones by name, with a progress bar where they are not on disk yet."""
-    sets = make_train_and_val(args.data, args.train, args.val)
+    sets = make_train_and_val(args.data, args.train, args.val, shared_channels(models))
     labels = read_labels(args, *sets)
     for model in models:
         model.check_size(args.size or model.image_size)

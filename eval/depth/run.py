@@ -22,6 +22,7 @@ if __package__ in (None, ""):  # started as a file: a clean clone needs the repo
 from matplotlib.figure import Figure
 from torch import nn
 
+from dinov2_equi.data.datasets.base import spread_indices
 from dinov2_equi.data.datasets.depth_sets import CROPS, LAYOUTS, DepthSet, make_depth_set
 from dinov2_equi.data.datasets.pairs import SPLITS
 from dinov2_equi.evaluation.dense.depth import (
@@ -32,13 +33,15 @@ from dinov2_equi.evaluation.dense.depth import (
     constant_depth_metrics,
     evaluate_depth,
 )
-from dinov2_equi.evaluation.dense.pictures import chosen_images, depth_figure
+from dinov2_equi.evaluation.dense.pictures import depth_figure
 from dinov2_equi.evaluation.dense.training import Losses
 from dinov2_equi.evaluation.eval_model import EvalModel
-from dinov2_equi.run.dense_task import DenseTask, run_dense_task
+from dinov2_equi.run.dense_task import DenseTask, TaskRun, run_dense_task
 
 SHOWN = ("rmse", "abs_rel", "log10", "silog", "delta1", "delta2", "delta3")
 BASELINE = "mean_depth_baseline"
+
+DepthRun = TaskRun[DepthSettings, DepthSet, DepthModel]
 
 
 class DepthTask(DenseTask[DepthSettings, DepthSet, DepthModel]):
@@ -91,20 +94,18 @@ class DepthTask(DenseTask[DepthSettings, DepthSet, DepthModel]):
         images, depth, known = (values.to(device) for values in batch)
         return model.losses(images, depth, known, settings)
 
-    def evaluate(
-        self, model: DepthModel, val: DepthSet, settings: DepthSettings, on_image: Callable[[], None]
-    ) -> dict[str, Any]:
+    def evaluate(self, run: DepthRun, on_image: Callable[[], None]) -> dict[str, Any]:
         """Return the mean measures of the images."""
-        return dict(evaluate_depth(model, val, settings, on_image=on_image))
+        return dict(evaluate_depth(run.model, run.val, run.settings, on_image=on_image))
 
     def baselines(self, train: DepthSet, val: DepthSet, device: str) -> dict[str, Any]:
         """Return the measures of the mean training depth everywhere."""
         return {BASELINE: constant_depth_metrics(train, val, device)}
 
-    def figure(self, args: argparse.Namespace, model: DepthModel, val: DepthSet, settings: DepthSettings) -> Figure:
+    def figure(self, run: DepthRun) -> Figure:
         """Return photographs with their true and predicted depth."""
-        chosen = [val.load(index) for index in chosen_images(len(val), args.pictures)]
-        found = [model.predict(image, settings).cpu() for image, _ in chosen]
+        chosen = [run.val.load(index) for index in spread_indices(len(run.val), run.args.pictures)]
+        found = [run.model.predict(image, run.settings).cpu() for image, _ in chosen]
         return depth_figure([image for image, _ in chosen], [truth for _, truth in chosen], found)
 
     def table(self, name: str, found: Mapping[str, Any]) -> str:

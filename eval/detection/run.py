@@ -7,7 +7,8 @@ r"""How well objects are found with a backbone: train one of torchvision's detec
         --set detector=retinanet steps=1000
 
 FOLDER holds annotations/instances_train.json with train/, and the same for val, as COCO does.
-Writes `results.json`, `predictions.png` and checkpoints; the same command goes on where it was stopped.
+Writes `results.json`, `predictions.png`, `curve.png` (AP50 against steps; `--set curve_every=N` measures on the way)
+and checkpoints; the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ if __package__ in (None, ""):  # started as a file: a clean clone needs the repo
 from matplotlib.figure import Figure
 from torch import nn
 
-from dinov2_equi.data.datasets.base import DatasetError
-from dinov2_equi.data.datasets.coco import DetectionSet, coco_files, import_coco, read_coco
+from dinov2_equi.data.datasets.base import DatasetError, spread_indices
+from dinov2_equi.data.datasets.coco import DetectionSet, coco_files, read_coco
 from dinov2_equi.data.datasets.pairs import SPLITS
+from dinov2_equi.distributed.env import is_main_process
 from dinov2_equi.evaluation.dense.detection import (
     DetectionAugmentation,
     DetectionModel,
@@ -35,13 +37,18 @@ from dinov2_equi.evaluation.dense.detection import (
     as_list,
     evaluate_detection,
 )
-from dinov2_equi.evaluation.dense.detection_metrics import MASK_THRESHOLD
-from dinov2_equi.evaluation.dense.pictures import boxes_figure, chosen_images
+from dinov2_equi.evaluation.dense.detection_metrics import AUTO, COCO_LIBRARIES, MASK_THRESHOLD, coco_library
+from dinov2_equi.evaluation.dense.measured import MeasuredCurve, measured_figure
+from dinov2_equi.evaluation.dense.pictures import boxes_figure
 from dinov2_equi.evaluation.dense.training import Losses
 from dinov2_equi.evaluation.eval_model import EvalModel
-from dinov2_equi.run.dense_task import DenseTask, run_dense_task
+from dinov2_equi.evaluation.figures import figure_png
+from dinov2_equi.run.dense_task import DenseTask, TaskRun, run_dense_task
 
+CURVE_FILE, CURVE_PICTURE = "curve.json", "curve.png"
 SHOWN = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+
+DetectionRun = TaskRun[DetectionSettings, DetectionSet, DetectionModel]
 
 
 class DetectionTask(DenseTask[DetectionSettings, DetectionSet, DetectionModel]):
@@ -58,10 +65,20 @@ class DetectionTask(DenseTask[DetectionSettings, DetectionSet, DetectionModel]):
         add("--train", type=Path, nargs=2, metavar=("JSON", "IMAGES"), help="file and folder to train on, for --data")
         add("--val", type=Path, nargs=2, metavar=("JSON", "IMAGES"), help="file and folder that are measured")
         add("--shown-score", type=float, default=0.5, metavar="S", help="least score in the picture (default: 0.5)")
+        add("--coco-eval", choices=(AUTO, *COCO_LIBRARIES), default=AUTO, help="what measures (default: the faster)")
 
-    def check_libraries(self) -> None:
-        """Ask for pycocotools."""
-        import_coco("cocoeval")
+    def check_libraries(self, args: argparse.Namespace) -> None:
+        """Ask for what measures the precision."""
+        coco_library(args.coco_eval)
+
+    def memory_advice(self, settings: DetectionSettings) -> str:
+        """Return which settings to lower where memory runs out."""
+        changes = [f"lower batch_size (now {settings.batch_size})"] if settings.batch_size > 1 else []
+        changes += [f"lower size (now {settings.size})"]
+        changes += [] if settings.window else ["attend in windows (window=14)"]
+        changes += ["leave the backbone frozen (finetune=false)"] if settings.finetune else []
+        changes += [f"lower regions (now {settings.regions})"] if settings.has_regions else []
+        return f"{', or '.join(changes)}, by --set"
 
     def load_data(self, args: argparse.Namespace) -> tuple[DetectionSet, DetectionSet]:
         """Return images to train on and images to measure on.
@@ -103,17 +120,30 @@ class DetectionTask(DenseTask[DetectionSettings, DetectionSet, DetectionModel]):
         """Return the terms of the detector's loss."""
         return model.losses(batch, device)
 
-    def evaluate(
-        self, model: DetectionModel, val: DetectionSet, settings: DetectionSettings, on_image: Callable[[], None]
-    ) -> dict[str, Any]:
-        """Return the average precision of boxes and masks."""
-        return evaluate_detection(model, val, settings, on_image=on_image)
+    def after_step(self, run: DetectionRun, step: int) -> None:
+        """Measure on the way, where the settings ask for it."""
+        if curve_of(run).is_due(step):
+            found = self.evaluate(run, lambda: None)
+            if is_main_process():
+                curve_of(run).add(step, curve_numbers(found))
 
-    def figure(
-        self, args: argparse.Namespace, model: DetectionModel, val: DetectionSet, settings: DetectionSettings
-    ) -> Figure:
+    def evaluate(self, run: DetectionRun, on_image: Callable[[], None]) -> dict[str, Any]:
+        """Return the average precision of boxes and masks."""
+        library = coco_library(run.args.coco_eval)
+        found = evaluate_detection(run.model, run.val, run.settings, on_image=on_image, library=library)
+        return found | {"coco_eval": library}
+
+    def about_training(self, run: DetectionRun, found: Mapping[str, Any], losses: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the precision against steps, and draw it."""
+        columns = curve_of(run).columns(last=curve_numbers(found))
+        figure = measured_figure(columns, losses, title=f"{run.name}, {run.settings.detector}")
+        (run.args.output / CURVE_PICTURE).write_bytes(figure_png(figure))
+        return {"curve": columns}
+
+    def figure(self, run: DetectionRun) -> Figure:
         """Return photographs with true and found boxes."""
-        chosen = chosen_images(len(val), args.pictures)
+        args, model, val, settings = run.args, run.model, run.val, run.settings
+        chosen = spread_indices(len(val), args.pictures)
         images = [val.load_image(index) for index in chosen]
         truths = [val.objects(index, with_masks=False) for index in chosen]
         outputs = [model.predict(image) for image in images]
@@ -133,6 +163,17 @@ class DetectionTask(DenseTask[DetectionSettings, DetectionSet, DetectionModel]):
             if kind in found:
                 lines.append(f"{name[:18] + ' ' + kind:24}" + "".join(f"{found[kind][n]:10.3f}" for n in SHOWN))
         return "\n".join(lines)
+
+
+def curve_of(run: DetectionRun) -> MeasuredCurve:
+    """Return what was measured on the way."""
+    settings = run.settings
+    return MeasuredCurve(run.args.output / CURVE_FILE, settings.curve_every, settings.steps, run.identity)
+
+
+def curve_numbers(found: Mapping[str, Any]) -> dict[str, float]:
+    """Return what of a measurement is drawn against the steps."""
+    return {f"{kind} {name}": found[kind][name] for kind in ("box", "mask") if kind in found for name in ("AP50", "AP")}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -24,6 +24,7 @@ if __package__ in (None, ""):  # started as a file: a clean clone needs the repo
 
 
 from dinov2_equi.data.datasets.base import DatasetError, ImageDataset
+from dinov2_equi.data.datasets.channels import ChannelFormat
 from dinov2_equi.data.datasets.holdout import hold_back
 from dinov2_equi.data.datasets.make import VAL_FOLDERS, make_dataset
 from dinov2_equi.data.datasets.sample_photos import SamplePhotos
@@ -40,7 +41,7 @@ from dinov2_equi.evaluation.equivariance import (
 )
 from dinov2_equi.evaluation.equivariance_figure import equivariance_figure
 from dinov2_equi.evaluation.equivariance_tables import equivariance_tables
-from dinov2_equi.evaluation.eval_model import HALF_FEATURES, PLAIN_FEATURES, EvalModel
+from dinov2_equi.evaluation.eval_model import HALF_FEATURES, PLAIN_FEATURES, EvalModel, shared_channels
 from dinov2_equi.evaluation.figures import figure_png
 from dinov2_equi.evaluation.probe_images import ProbeImages, load_probe_images
 from dinov2_equi.evaluation.results import write_results
@@ -121,7 +122,7 @@ def run_folders(weights: list[str]) -> list[Path]:
     return [Path(spec).expanduser() for spec in weights if is_run(spec)]
 
 
-def choose_data(args: argparse.Namespace) -> tuple[ImageDataset, ImageDataset]:
+def choose_data(args: argparse.Namespace, channels: ChannelFormat | None = None) -> tuple[ImageDataset, ImageDataset]:
     """Return disjoint images to train and to test on.
 
     Raises:
@@ -130,16 +131,16 @@ def choose_data(args: argparse.Namespace) -> tuple[ImageDataset, ImageDataset]:
     if args.train or args.test:
         if args.data or not (args.train and args.test):
             raise DatasetError("give --data alone, or both --train and --test")
-        return make_dataset(args.train), make_dataset(args.test)
+        return make_dataset(args.train, channels), make_dataset(args.test, channels)
     if not args.data:
-        return make_dataset("small_photos:split=TRAIN"), make_dataset("small_photos:split=TEST")
+        return make_dataset("small_photos:split=TRAIN", channels), make_dataset("small_photos:split=TEST", channels)
     root = Path(args.data).expanduser()
     if (root / "train").is_dir():
         found = [root / name for name in VAL_FOLDERS if (root / name).is_dir()]
         if not found:
             raise DatasetError(f"{root} has train/ but none of {', '.join(VAL_FOLDERS)}; give --train and --test")
-        return make_dataset(str(root / "train")), make_dataset(str(found[0]))
-    dataset = make_dataset(args.data)
+        return make_dataset(str(root / "train"), channels), make_dataset(str(found[0]), channels)
+    dataset = make_dataset(args.data, channels)
     if isinstance(dataset, SamplePhotos):
         raise DatasetError(
             "regions of one photograph would be in both halves; give --train sample_photos "
@@ -153,7 +154,7 @@ def load_images(args: argparse.Namespace, models: list[EvalModel]) -> dict[int, 
     sizes = dict.fromkeys(args.size or model.image_size for model in models)
     for model in models:
         model.check_size(args.size or model.image_size)
-    train, test = choose_data(args)
+    train, test = choose_data(args, shared_channels(models))
     return {
         size: load_probe_images(
             train,

@@ -24,13 +24,14 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
+from dinov2_equi.data.datasets.channels import ChannelFormat
 from dinov2_equi.data.datasets.make import make_dataset
 from dinov2_equi.data.transforms import eval_images
 from dinov2_equi.equi.families.base import FamilySettings, TransformFamily
-from dinov2_equi.equi.families.registry import FAMILIES, MIXTURE, build_family
+from dinov2_equi.equi.families.registry import FAMILIES, MIXTURE, NEED_COLOR, build_family
 from dinov2_equi.evaluation.dense_equivariance import compare_maps, dense_equivariance
 from dinov2_equi.evaluation.dense_features import DENSE_FEATURES, at_image_size, check_features
-from dinov2_equi.evaluation.eval_model import EvalModel
+from dinov2_equi.evaluation.eval_model import EvalModel, shared_channels
 from dinov2_equi.evaluation.figures import figure_png
 from dinov2_equi.evaluation.pictures import pca_colors, pca_figure
 from dinov2_equi.evaluation.results import folder_name, write_results
@@ -58,13 +59,25 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--size", type=int, help="image side, pixels (default: the one each backbone was trained at)")
     names = ", ".join(KNOWN_FAMILIES)
     families = f"of {names} (default: {' '.join(DEFAULT_FAMILIES)})"
-    add("--families", nargs="+", default=list(DEFAULT_FAMILIES), choices=KNOWN_FAMILIES, metavar="NAME", help=families)
+    add("--families", nargs="+", choices=KNOWN_FAMILIES, metavar="NAME", help=families)
     add("--features", choices=DENSE_FEATURES, default="patches", help="default: patches; the parts of runs alone")
     add("--seed", type=int, default=0, help="of the transforms")
     add("--batch-size", type=int, default=16, help="images in one forward pass (default: 16)")
     add_device(parser)
     add("--output", type=Path, default=Path("dense_equivariance"), metavar="DIR", help="default: dense_equivariance")
     return parser.parse_args(argv)
+
+
+def choose_families(args: argparse.Namespace, channels: ChannelFormat | None) -> list[str]:
+    """Return the names of the families to measure: on other images than photographs none that needs colour.
+
+    Raises:
+        ValueError: if such a family is asked for by name.
+    """
+    blind = [name for name in args.families or DEFAULT_FAMILIES if name in NEED_COLOR and channels is not None]
+    if blind and args.families:
+        raise ValueError(f"{channels} show no {', '.join(blind)}: leave it out of --families")
+    return [name for name in args.families or DEFAULT_FAMILIES if name not in blind]
 
 
 def families_of(args: argparse.Namespace, model: EvalModel) -> dict[str, TransformFamily]:
@@ -90,7 +103,9 @@ def feature_figure(args: argparse.Namespace, model: EvalModel, images: Tensor) -
 
 def measure(args: argparse.Namespace, models: list[EvalModel]) -> dict[str, Numbers]:
     """Return the cosines of every backbone by family, after writing its picture."""
-    dataset = make_dataset(args.data)
+    channels = shared_channels(models)
+    args.families = choose_families(args, channels)
+    dataset = make_dataset(args.data, channels)
     count = min(args.images, len(dataset))
     if count < 2 or args.batch_size < 2:
         raise ValueError(f"expected at least two images, and two in a batch; got {count} and {args.batch_size}")

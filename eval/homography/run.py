@@ -24,11 +24,12 @@ if __package__ in (None, ""):  # started as a file: a clean clone needs the repo
 from rich.table import Table
 
 from dinov2_equi.data.datasets.base import DatasetError, ImageDataset
+from dinov2_equi.data.datasets.channels import ChannelFormat
 from dinov2_equi.data.datasets.make import make_train_and_val
 from dinov2_equi.distributed.collectives import largest_of_ranks
 from dinov2_equi.distributed.env import get_rank, is_main_process
 from dinov2_equi.evaluation.dense_features import DENSE_FEATURES, check_features
-from dinov2_equi.evaluation.eval_model import EvalModel
+from dinov2_equi.evaluation.eval_model import EvalModel, shared_channels
 from dinov2_equi.evaluation.figures import figure_png
 from dinov2_equi.evaluation.homography import (
     HomographyResult,
@@ -179,7 +180,7 @@ def measure(
     return as_numbers(result)
 
 
-def find_images(args: argparse.Namespace) -> tuple[ImageDataset, ImageDataset]:
+def find_images(args: argparse.Namespace, channels: ChannelFormat | None = None) -> tuple[ImageDataset, ImageDataset]:
     """Return images to learn from and images to measure on.
 
     Raises:
@@ -195,7 +196,7 @@ def find_images(args: argparse.Namespace) -> tuple[ImageDataset, ImageDataset]:
             sought = " and ".join(" or ".join(str(root / name) for name in names) for names in SPLIT_FOLDERS)
             raise DatasetError(f"looked for {sought}. {_HELP}")
     try:
-        return make_train_and_val(None, train, test)
+        return make_train_and_val(None, train, test, channels)
     except DatasetError as error:
         raise DatasetError(f"{error} {_HELP}") from error
 
@@ -208,8 +209,8 @@ def load_all(args: argparse.Namespace) -> tuple[HomographySettings, tuple[ImageD
         OSError: for weights that cannot be read.
     """
     settings = homography_settings(args)
-    data = find_images(args)
     models = load_eval_models(args.weights)
+    data = find_images(args, shared_channels(models))
     for model in models:
         check_features(model, settings.features)
     return settings, data, models

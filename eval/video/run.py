@@ -28,7 +28,7 @@ from dinov2_equi.data.datasets.video_clips import VideoClip, choose_clips, davis
 from dinov2_equi.distributed.collectives import largest_of_ranks
 from dinov2_equi.distributed.env import get_rank, is_main_process, share_of_rank
 from dinov2_equi.evaluation.dense_features import DENSE_FEATURES, check_features
-from dinov2_equi.evaluation.eval_model import EvalModel
+from dinov2_equi.evaluation.eval_model import EvalModel, check_photographs
 from dinov2_equi.evaluation.label_propagation import PROTOCOLS, PropagationSettings
 from dinov2_equi.evaluation.results import folder_name, write_results
 from dinov2_equi.evaluation.video_segmentation import (
@@ -175,6 +175,7 @@ def load_all(args: argparse.Namespace) -> tuple[VideoSettings, list[VideoClip], 
     clips = find_clips(args)
     models = load_eval_models(args.weights)
     for model in models:
+        check_photographs(model)
         check_features(model, settings.features)
     return settings, clips, models
 

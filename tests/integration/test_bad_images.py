@@ -41,6 +41,19 @@ def test_training_goes_on_past_bad_images_and_lists_each_once(
     assert listed(tmp_path / "run") == ["00.png", "04.png", "08.png", "12.png"]
 
 
+def test_image_that_can_be_read_but_not_used_is_listed_without_its_folder(
+    tmp_path: Path, photos: Path, lean_run: Run
+) -> None:
+    (tmp_path / "more").mkdir()
+    for number in range(16):
+        Image.new("RGB", (400, 10) if number % 2 else (40, 40)).save(tmp_path / "more" / f"strip{number}.png")
+    data = f"train.dataset_path=mix:{photos} + {tmp_path / 'more'}"
+    settings = (data, "data.holdout_fraction=0.1", "train.OFFICIAL_EPOCH_LENGTH=8")
+    assert lean_run(tmp_path / "run", *settings, "data.max_bad_fraction=1") == 0
+    paths = [Path(json.loads(line)["path"]) for line in (tmp_path / "run" / "bad_images.jsonl").open()]
+    assert any(path.name.startswith("strip") for path in paths) and all(path.is_file() for path in paths)
+
+
 def test_bad_held_back_images_do_not_spoil_the_report(tmp_path: Path, photos: Path, debug_run: Run) -> None:
     settings = (f"train.dataset_path={photos}", "data.holdout_fraction=0.5", "evaluation.probe=true")
     small = [f"evaluation.probe_{what}" for what in ("epochs=1", "train_pairs=16", "test_pairs=16")]

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dinov2_equi.evaluation.dense.settings import read_settings
@@ -69,9 +70,23 @@ def test_precision_or_files_are_missing(tmp_path: Path, script: ModuleType, fold
 def test_stopped_run_ends_with_other_numbers(
     script: ModuleType, folder: Path, assert_resumes: Callable[..., None]
 ) -> None:
-    recipe = (*RECIPE, "detector=retinanet", "steps=3", "save_every=2", "finetune=true")
+    recipe = (*RECIPE, "detector=retinanet", "steps=3", "save_every=2", "finetune=true", "curve_every=1")
     words = (*TINY, *recipe, "--data", str(folder))
     assert_resumes(script, script.DetectionModel, words, stop_at=3)
+
+
+def test_curve_or_its_picture_is_missing(tmp_path: Path, script: ModuleType, folder: Path) -> None:
+    """Measuring on the way must not change the training, and the linear probe is trained as any other detector."""
+    found = []
+    for name, words in (("plain", ()), ("measured", ("curve_every=2",))):
+        recipe = (*RECIPE, "detector=linear", *words)
+        assert script.main([*TINY, *recipe, "--data", str(folder), "--output", str(tmp_path / name)]) == 0
+        (numbers,) = json.loads((tmp_path / name / "results.json").read_text())["numbers"].values()
+        found.append(numbers)
+        with Image.open(tmp_path / name / "curve.png") as picture:
+            assert picture.width > 200
+    assert [numbers.pop("curve")["step"] for numbers in found] == [[4], [2, 4]]
+    assert found[0] == found[1]
 
 
 def test_files_that_lie_elsewhere(tmp_path: Path, script: ModuleType, folder: Path) -> None:
@@ -79,7 +94,7 @@ def test_files_that_lie_elsewhere(tmp_path: Path, script: ModuleType, folder: Pa
     words = ("steps=2", "detector=retinanet", "--train", *sets[0], "--val", *sets[1], "--output", str(tmp_path))
     assert script.main([*TINY, *RECIPE, *words]) == 0
     (numbers,) = json.loads((tmp_path / "results.json").read_text())["numbers"].values()
-    assert set(numbers) == {"num_images", "num_detections", "box", "train_loss"}
+    assert set(numbers) == {"num_images", "num_detections", "box", "coco_eval", "curve", "train_loss"}
 
 
 @pytest.mark.parametrize(
@@ -101,6 +116,73 @@ def test_wrong_input_gives_a_traceback(
 ) -> None:
     given = [word.replace("FOLDER", str(folder)) for word in words]
     assert_refused(script, ["--weights", "random:vit_test_tiny/16", *given, "--output", str(tmp_path / "out")], message)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), MemoryError(), "of the processor"])
+def test_out_of_memory_is_not_explained(
+    script: ModuleType,
+    folder: Path,
+    tmp_path: Path,
+    assert_refused: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception | str,
+) -> None:
+    def losses(*_: object) -> object:
+        if isinstance(error, str):
+            return torch.empty(2**50, dtype=torch.uint8)  # a petabyte: more than any machine can address
+        raise error
+
+    monkeypatch.setattr(script.DetectionModel, "losses", losses)
+    message = (
+        "there is not enough memory: lower batch_size (now 2), or lower size (now 64), or attend in windows "
+        "(window=14), or lower regions (now 512), by --set"
+    )
+    assert_refused(script, [*TINY, *RECIPE, "--data", str(folder), "--output", str(tmp_path)], message)
+
+
+def test_other_error_is_taken_for_memory(
+    script: ModuleType, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def losses(*_: object) -> object:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(script.DetectionModel, "losses", losses)
+    with pytest.raises(RuntimeError, match="something else"):
+        script.main([*TINY, *RECIPE, "--data", str(folder), "--output", str(tmp_path)])
+
+
+def test_windows_of_another_library_are_taken(
+    script: ModuleType, folder: Path, tmp_path: Path, assert_refused: Callable[..., None]
+) -> None:
+    words = ["--weights", "pixels", "--device", "cpu", "--set", *RECIPE, "window=2", "--data", str(folder)]
+    assert_refused(script, [*words, "--output", str(tmp_path)], "pixels is no backbone of DINOv2's architecture")
+
+
+def test_file_is_not_held_against_itself(
+    load_script: Callable[[Path], ModuleType],
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    assert_refused: Callable[..., None],
+) -> None:
+    check = load_script(SCRIPT.parent / "check_annotations.py")
+    output = tmp_path / "check.json"
+    extra = [str(folder / "annotations/instances_val.json"), str(folder / "val")]
+    assert check.main(["--data", str(folder), "--file", *extra, "--output", str(output)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("box AP 1.000000000000, mask AP 1.000000000000") == 3
+    numbers = json.loads(output.read_text())["numbers"]
+    assert all(found["mask"]["pycocotools"]["AP"] == 1.0 for found in numbers.values())
+    assert_refused(check, ["--data", str(tmp_path)], "no val images with annotations")
+    assert_refused(check, [], "give --data FOLDER ... or --file JSON IMAGES")
+
+
+def test_check_does_not_notice_a_wrong_number(
+    load_script: Callable[[Path], ModuleType], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = load_script(SCRIPT.parent / "check_annotations.py")
+    monkeypatch.setattr(check, "perfect_detections", lambda dataset, kind: [])
+    assert check.main(["--data", str(folder), "--output", str(tmp_path / "check.json")]) == 1
 
 
 @pytest.mark.parametrize("path", sorted((SCRIPT.parent / "configs").iterdir()), ids=lambda path: path.name)

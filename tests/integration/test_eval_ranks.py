@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch import nn
 
 from dinov2_equi.fsdp.checkpoint import CheckpointStore, sha256_of_tensors
 
@@ -170,18 +169,19 @@ def test_processes_of_a_detector_end_with_different_weights_or_lose_detections(
     run = script("detection")
     recipe = ("detector=retinanet", "size=64", "channels=8", "anchor_size=16", "detections=5", "score_threshold=0")
     words = ["--weights", "random:vit_test_tiny/16", "--device", "cpu", "--data", str(tmp_path)]
-    words += ["--set", *recipe, "steps=3", "warmup_steps=1", "batch_size=2", "lr=0.001"]
+    words += ["--set", *recipe, "steps=3", "warmup_steps=1", "batch_size=2", "lr=0.001", "curve_every=2"]
     evaluate = run.DetectionTask.evaluate
 
     def command() -> int:
-        def noted(task: object, model: nn.Module, *arguments: object) -> object:
-            (tmp_path / f"weights{os.environ['RANK']}").write_text(sha256_of_tensors(model.state_dict()))
-            return evaluate(task, model, *arguments)
+        def noted(task: object, of: Any, *arguments: object) -> object:
+            (tmp_path / f"weights{os.environ['RANK']}").write_text(sha256_of_tensors(of.model.state_dict()))
+            return evaluate(task, of, *arguments)
 
         run.DetectionTask.evaluate = noted
         return int(run.main([*words, "--output", str(tmp_path / "two")]))
 
     assert run_on_ranks(2, command) == [0, 0]
     numbers = numbers_in(tmp_path / "two")
+    assert numbers["curve"]["step"] == [2, 3]
     assert numbers["num_images"] == 3 and numbers["num_detections"] == 15
     assert (tmp_path / "weights0").read_text() == (tmp_path / "weights1").read_text()

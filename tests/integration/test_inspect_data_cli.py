@@ -31,16 +31,27 @@ def test_counts_sizes_bad_files_and_a_sheet(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "photos" / "dog" / "0.png").write_bytes(b"")
     assert main([str(tmp_path / "photos"), "--sheet", str(tmp_path / "out" / "sheet.png"), "--rows", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("6 images, ") and lines[0].endswith(" GB")
-    assert lines[:4] == [
-        lines[0],
-        "2 classes of 2 to 4 images, median 3",
+    assert lines[0].startswith("6 images, ") and lines[0].endswith(" kB")
+    assert lines[1:4] == [
+        "2 classes of 2 to 4 images, median 3: cat, dog",
+        "1 of 6 headers promise no image to train on: these are read first",
         "6 of them read: 1 bad, 1 grey",
-        "width 51 to 55, height 40 to 40, median shorter side 40 pixels",
     ]
     assert lines[4].startswith("bad: ") and "0.png: UnidentifiedImageError" in lines[4]
-    assert "images/s for each loader process" in lines[5]
+    assert lines[5] == (
+        "pixels, by 5 headers: width 51 to 55, height 40, shorter side 40, median 40; 5 with a shorter side below the "
+        "224 of a global crop"
+    )
+    assert "images/s for each loader process" in lines[6]
     assert Image.open(tmp_path / "out" / "sheet.png").size == (11 * 164, 2 * 164)
+
+
+def test_the_bad_one_among_many_is_not_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(30):
+        Image.new("RGB", (40, 1 if number == 17 else 40)).save(tmp_path / f"{number:02}.png")
+    assert main([str(tmp_path), "--images", "3", "--sheet", str(tmp_path / "sheet.png"), "--rows", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "3 of them read: 1 bad, 2 grey" in out and "17.png: 40 x 1 pixels" in out
 
 
 @pytest.mark.parametrize(

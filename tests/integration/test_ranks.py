@@ -248,6 +248,7 @@ def test_sharded_parameters_make_another_run(
     assert run_on(world_size, lean_run, tmp_path, *words, parts=parts) == [0] * world_size
     assert_same_run(single("sinkhorn_knopp"), tmp_path)
     names = {path.name for path in (tmp_path / "checkpoints" / "step_00000020").glob("model*")}
+    assert "returned a view" not in (tmp_path / "logs" / "log.txt").read_text()
     assert names == {f"model-{rank:05d}-of-{world_size:05d}.safetensors" for rank in range(world_size)}
 
 

@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from dinov2_equi.logging.metrics import read_metrics
 from dinov2_equi.train import guard, loop
 from dinov2_equi.train import state as train_state
 from dinov2_equi.train.step import NonFiniteLossError, train_step
+from tests.ranks import exit_codes, launch_ranks
 
 Run = Callable[..., int]
 Hash = Callable[..., str]
@@ -198,6 +200,44 @@ def test_a_killed_process_ends_elsewhere(
     assert f"resumed after step {latest}" in output
     assert lean_run(tmp_path / "whole", *settings) == 0
     assert_same_run(tmp_path / "killed", tmp_path / "whole", fingerprint, step=50)
+
+
+@pytest.mark.parametrize(("world_size", "num_kills", "num_steps"), [(1, 25, 100), (2, 5, 30)])
+def test_a_run_that_is_killed_again_and_again_ends_elsewhere(
+    world_size: int, num_kills: int, num_steps: int, tmp_path: Path, lean_run: Run, fingerprint: Hash
+) -> None:
+    """At random moments: before the first step, in a step, in a save, and in the start from what a kill has left.
+
+    Of two processes, which hold half of the model each, one is killed, and the other told to end, as launchers do.
+    """
+    settings = ["train.checkpoint_every_steps=1", f"train.batch_size_per_gpu={8 // world_size}"]
+    settings.append(f"optim.epochs={num_steps // 10}")
+    metrics, rng = tmp_path / "killed" / "training_metrics.json", random.Random(0)
+
+    def start(folder: str) -> list[int]:
+        return launch_ranks(world_size, lambda: lean_run(tmp_path / folder, *settings))
+
+    for _ in range(num_kills):
+        children = start("killed")
+        goal = num_lines(metrics) + rng.randint(0, 2)
+        deadline = time.monotonic() + 60
+        while num_lines(metrics) < goal:
+            assert time.monotonic() < deadline, "no step within a minute"
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.05))
+        killed = rng.randrange(world_size)
+        for rank, child in enumerate(children):
+            os.kill(child, signal.SIGKILL if rank == killed else signal.SIGTERM)
+        codes = exit_codes(children)
+        assert codes[killed] == -signal.SIGKILL and 0 not in codes
+    assert 0 < num_lines(metrics) < num_steps
+    for folder in ("killed", "whole"):
+        assert exit_codes(start(folder)) == [0] * world_size
+    assert_same_run(tmp_path / "killed", tmp_path / "whole", fingerprint, step=num_steps)
+
+
+def num_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 @pytest.mark.parametrize("name", ["optimizer.safetensors", "manifest.json"])

@@ -13,6 +13,7 @@ import numpy as np
 
 from dinov2_equi.data.datasets.base import DatasetError, UnreadableImageError, check_index
 from dinov2_equi.data.datasets.encoded import EncodedImages
+from dinov2_equi.data.datasets.numbered_classes import NumberedClasses
 
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 
@@ -122,8 +123,8 @@ class ArrowImages(EncodedImages):
             return None, []
         if names:
             return labels.astype(np.int32), list(names)
-        known = np.unique(labels)
-        return np.searchsorted(known, labels).astype(np.int32), [str(label) for label in known]
+        numbered = NumberedClasses(labels)
+        return np.asarray(numbered.targets, np.int32), numbered.classes
 
 
 def _folder_of_split(folder: Path, split: str | None) -> Path:

@@ -73,6 +73,18 @@ def image_to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # [H, W, 3] -> [3, H, W]
 
 
+def path_of(dataset: ImageDataset, index: int) -> str:
+    """Return where image `index` is to be looked for, as messages say it; its name where the data set knows no path."""
+    path: str = getattr(dataset, "path", dataset.name)(index)
+    return path
+
+
+def spread_indices(length: int, count: int) -> list[int]:
+    """Return up to `count` of the numbers from 0 to `length` - 1, evenly spread, in order."""
+    count = min(count, length)
+    return [number * length // count for number in range(count)]
+
+
 def check_index(index: int, length: int, what: str) -> None:
     """Raise IndexError unless 0 <= index < length.
 

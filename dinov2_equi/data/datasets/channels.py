@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dinov2_equi.data.datasets.base import DatasetError, ImageDataset, UnreadableImageError
-from dinov2_equi.data.datasets.blocks import Blocks, blocks_of
 from dinov2_equi.data.datasets.decode import DECODE_ERRORS, MAX_PIXELS
 from dinov2_equi.data.datasets.encoded import EncodedImages
 from dinov2_equi.data.datasets.view import View
@@ -46,6 +45,14 @@ class ChannelFormat:
     value_range: tuple[float, float] | None = None
     """Values that become 0 and 1; what lies outside is cut off. None: the range of the type for 8 and 16 bits without
     sign, and floating-point values must be in [0, 1]."""
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        words = f"images of {self.num_channels} channels"
+        if self.value_range is None:
+            return words
+        low, high = self.value_range
+        return f"{words} with values from {low:g} to {high:g}"
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -108,10 +115,6 @@ class ChannelImages(View[EncodedImages]):
                 range; names the file, and what was found.
         """
         return decode_channels(self.dataset.encoded(index), self.dataset.path(index), self.channels, min_short_side)
-
-    def blocks(self) -> Blocks | None:
-        """Return the blocks of the data set."""
-        return blocks_of(self.dataset)
 
 
 def as_channels(dataset: ImageDataset, channels: ChannelFormat, spec: str) -> ChannelImages:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ _HELP = (
     "val2017 (also train and val, also images/train2017/); get COCO at https://cocodataset.org/#download. Files that "
     "lie elsewhere: --train JSON IMAGES --val JSON IMAGES"
 )
+_CORNERS_OF_AN_AREA = 6
+"""Numbers of a polygon with three corners."""
+
 Annotation = Mapping[str, Any]
 
 
@@ -89,10 +93,10 @@ class DetectionSet:
         return image
 
     def objects(self, index: int, *, with_masks: bool) -> Objects:
-        """Return the objects that are trained on: no crowds, and no boxes without area inside the image.
+        """Return the objects that are trained on: no crowds, no boxes without area inside the image, no empty masks.
 
         Raises:
-            DatasetError: masks are asked for and an object has no outline.
+            DatasetError: masks are asked for and an object has no outline, or none that can be read.
             ImportError: masks are asked for without pycocotools.
         """
         entry = self.images[index]
@@ -102,10 +106,13 @@ class DetectionSet:
             box = clipped_box(annotation["bbox"], entry["width"], entry["height"])
             if annotation.get("iscrowd") or box is None:
                 continue
+            mask = mask_tools().decode(self.run_lengths(annotation, entry)) if with_masks else None
+            if mask is not None and not mask.any():
+                continue
             boxes.append(box)
             labels.append(numbers[annotation["category_id"]])
-            if with_masks:
-                masks.append(self._mask(annotation, entry))
+            if mask is not None:
+                masks.append(mask)
         size = (entry["height"], entry["width"])
         stacked = np.stack(masks) if masks else np.zeros((0, *size), np.uint8)
         return Objects(
@@ -114,22 +121,52 @@ class DetectionSet:
             torch.from_numpy(stacked) if with_masks else None,
         )
 
-    def _mask(self, annotation: Annotation, entry: Mapping[str, Any]) -> np.ndarray:
-        """Return the mask of an object, uint8 [H, W]."""
-        outline = annotation.get("segmentation")
+    def run_lengths(self, annotation: Annotation, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the mask of an object in an image as pycocotools' run lengths.
+
+        A polygon of fewer than three corners encloses nothing. pycocotools would take its four numbers for a box.
+
+        Raises:
+            DatasetError: there is no outline, it is neither polygons nor run lengths, or it is of another size than
+                the image; names file and object.
+        """
+        outline, size = annotation.get("segmentation"), [entry["height"], entry["width"]]
+        where = f"object {annotation.get('id')} of {self.path}"
         if not outline:
-            raise DatasetError(
-                f"object {annotation.get('id')} of {self.path} has no segmentation; choose a detector without masks"
-            )
-        tools = mask_tools()
+            raise DatasetError(f"{where} has no segmentation; choose a detector without masks")
         if isinstance(outline, list):
-            code = tools.merge(tools.frPyObjects(outline, entry["height"], entry["width"]))
-        elif isinstance(outline["counts"], list):
-            code = tools.frPyObjects(outline, entry["height"], entry["width"])
-        else:
-            code = outline
-        decoded: np.ndarray = tools.decode(code)
-        return decoded
+            if not all(isinstance(p, list) and len(p) % 2 == 0 and _are_numbers(p) for p in outline):
+                raise DatasetError(
+                    f"expected polygons [[x1, y1, x2, y2, ...], ...] in {where}, got {str(outline)[:60]}"
+                )
+            polygons = [polygon for polygon in outline if len(polygon) >= _CORNERS_OF_AN_AREA]
+            return _from_polygons(polygons, size)
+        if not isinstance(outline, dict) or "counts" not in outline or list(outline.get("size", ())) != size:
+            found = outline.get("size") if isinstance(outline, dict) else outline
+            raise DatasetError(
+                f"expected the mask of {where} to be of the size {size} of its image, got {str(found)[:60]}"
+            )
+        counts = outline["counts"]
+        if not isinstance(counts, list):
+            return {"size": size, "counts": counts}
+        if not _are_numbers(counts) or min(counts, default=0) < 0 or sum(counts) != size[0] * size[1]:
+            raise DatasetError(f"expected run lengths of {size[0] * size[1]} pixels in {where}, got {str(counts)[:60]}")
+        code: dict[str, Any] = mask_tools().frPyObjects(outline, *size)
+        return code
+
+
+def _are_numbers(values: list[Any]) -> bool:
+    """Return whether all are finite numbers."""
+    return all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+
+
+def _from_polygons(polygons: list[list[float]], size: list[int]) -> dict[str, Any]:
+    """Return the run lengths of the area that some polygons enclose; of no polygon an empty one."""
+    tools = mask_tools()
+    empty = {"size": size, "counts": [size[0] * size[1]]}
+    codes = tools.frPyObjects(polygons, *size) if polygons else [tools.frPyObjects(empty, *size)]
+    code: dict[str, Any] = tools.merge(codes)
+    return code
 
 
 def clipped_box(box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float] | None:
@@ -223,12 +260,20 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_keys(entries: list[Any], kind: str, needed: tuple[str, ...], path: Path) -> None:
+    """Refuse entries that lack a key, or whose sizes, ids or boxes are no numbers."""
     for number, entry in enumerate(entries):
         lacking = [key for key in needed if not isinstance(entry, dict) or key not in entry]
         if lacking:
             raise DatasetError(f"{kind}[{number}] in {path} lacks {', '.join(lacking)}")
-        if kind == "annotations" and len(entry["bbox"]) != 4:
-            raise DatasetError(f"annotations[{number}] in {path} has a bbox of {len(entry['bbox'])} numbers, not 4")
+        for key in ("id", "image_id", "category_id", "width", "height"):
+            if key in needed and not (_are_numbers([entry[key]]) and float(entry[key]).is_integer()):
+                raise DatasetError(f"{kind}[{number}] in {path} has the {key} {entry[key]!r}: expected a whole number")
+        if kind == "images" and min(entry["width"], entry["height"]) < 1:
+            raise DatasetError(f"images[{number}] in {path} is {entry['width']} x {entry['height']} pixels large")
+        if kind == "annotations":
+            box = entry["bbox"]
+            if not isinstance(box, list) or len(box) != 4 or not _are_numbers(box):
+                raise DatasetError(f"annotations[{number}] in {path} has the bbox {box}: expected four numbers")
 
 
 def _check_references(document: Mapping[str, Any], path: Path) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from dinov2_equi.data.datasets.base import DatasetError, ImageDataset, check_index
-from dinov2_equi.data.datasets.blocks import Blocks, blocks_of
+from dinov2_equi.data.datasets.base import DatasetError, ImageDataset, check_index, path_of
+from dinov2_equi.data.datasets.blocks import Blocks, blocks_of, spread_images
 from dinov2_equi.data.datasets.mixture import Mixture
 
 
@@ -51,6 +51,10 @@ class Subset:
         """Return the name of image `index` of the view."""
         return self.dataset.name(self._source_index(index))
 
+    def path(self, index: int) -> str:
+        """Return where image `index` of the view is to be looked for."""
+        return path_of(self.dataset, self._source_index(index))
+
     @property
     def targets(self) -> list[int] | None:
         """Class number of each image of the view, numbered as in the whole data set."""
@@ -71,7 +75,7 @@ def evenly_spread(dataset: ImageDataset, max_images: int) -> ImageDataset:
     """Return a view of up to `max_images` images, evenly spread over a data set, which may have fewer."""
     if len(dataset) <= max_images:
         return dataset
-    return Subset(dataset, [index * len(dataset) // max_images for index in range(max_images)])
+    return Subset(dataset, spread_images(dataset, max_images))
 
 
 def split_holdout(dataset: ImageDataset, fraction: float, seed: int) -> tuple[Subset, Subset]:

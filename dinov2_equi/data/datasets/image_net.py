@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dinov2_equi.data.datasets.base import DatasetError
+from dinov2_equi.data.datasets.base import DatasetError, spread_indices
 from dinov2_equi.data.datasets.folder import ImageFolder
 from dinov2_equi.data.datasets.listed import ListedImages
 from dinov2_equi.data.datasets.packed import PackedStrings
@@ -79,11 +79,11 @@ def _read_extra(
         targets = entries["class_index"].astype(np.int32)
     except (OSError, ValueError, IndexError, EOFError) as error:
         raise DatasetError(f"{files[0]} and the files beside it cannot be read: {error}. Delete them") from error
-    count = min(_LOOKED_FOR, len(paths))
-    if not any((folder / paths[place * len(paths) // count]).is_file() for place in range(count)):
+    places = spread_indices(len(paths), _LOOKED_FOR)
+    if not any((folder / paths[place]).is_file() for place in places):
         raise DatasetError(
-            f"{files[0]} lists {len(paths)} images, and none of {count} looked for is in {folder}: give another root "
-            "or extra, or delete the index files, which are then written anew"
+            f"{files[0]} lists {len(paths)} images, and none of {len(places)} looked for is in {folder}: give another "
+            "root or extra, or delete the index files, which are then written anew"
         )
     return paths, targets, class_ids.tolist()
 

@@ -6,6 +6,7 @@ import csv
 import difflib
 import glob
 import importlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dinov2_equi.data.datasets.base import DatasetError, check_index
+from dinov2_equi.data.datasets.base import DatasetError, check_index, spread_indices
 from dinov2_equi.data.datasets.encoded import EncodedImages
 from dinov2_equi.data.datasets.packed import PackedStrings
 from dinov2_equi.data.datasets.stored_index import STORED_FROM, index_places, load_index, store_index
@@ -36,6 +37,7 @@ class ListedImages(EncodedImages):
         base: What relative paths start from.
         targets: Class number of each image, or None.
         classes: Class names by number.
+        num_bytes: Bytes of each file, uint32 [n], 4 GiB and more as 4 GiB; None: not looked for.
         what: What the list is called in messages.
     """
 
@@ -46,11 +48,13 @@ class ListedImages(EncodedImages):
         *,
         targets: npt.NDArray[np.int32] | None = None,
         classes: Sequence[str] = (),
+        num_bytes: npt.NDArray[np.uint32] | None = None,
         what: str,
     ) -> None:
         self.paths = paths
         self._base = base
         self.class_numbers = targets
+        self.num_bytes = num_bytes
         self._classes = list(classes)
         self._what = what
 
@@ -155,6 +159,7 @@ def find_images(pattern: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Lis
         DatasetError: Nothing matches, or no image does; says what was found.
     """
     expanded = str(Path(pattern).expanduser())
+    folder = re.split(r"[^/]*[*?[]", pattern, maxsplit=1)[0] or "./"
     found = sorted(glob.glob(expanded, recursive=True))  # noqa: PTH207 (a Path refuses patterns from the root)
     paths = [path for path in found if path.lower().endswith(suffixes)]
     if not paths:
@@ -162,7 +167,7 @@ def find_images(pattern: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Lis
         matched = f"it matches {len(found)} entries, none an image ({shown})" if found else "it matches nothing"
         raise DatasetError(
             f"no image for the pattern {pattern}: {matched}. Expected files that end in {' '.join(suffixes)}, as "
-            f"with {pattern.rstrip('/*')}/**/*.jpg"
+            f"with {folder}**/*.jpg"
         )
     return ListedImages(PackedStrings.of(paths), Path(), what=pattern)
 
@@ -217,11 +222,10 @@ def _checked(listing: _Listing, file: Path, root: Path | str | None) -> ListedIm
     base = file.parent if root is None else Path(root).expanduser()
     if not len(paths):
         raise DatasetError(f"{file} names no image")
-    count = min(_LOOKED_FOR, len(paths))
-    looked_for = [paths[index * len(paths) // count] for index in range(count)]
+    looked_for = [paths[index] for index in spread_indices(len(paths), _LOOKED_FOR)]
     if not any((base / path).is_file() for path in looked_for):
         raise DatasetError(
-            f"none of {count} paths looked for exists, of the {len(paths)} in {file}; the first is "
+            f"none of {len(looked_for)} paths looked for exists, of the {len(paths)} in {file}; the first is "
             f"{base / looked_for[0]}. Relative paths start from {base}; add root=FOLDER for another start, as in "
             f"list:path={file.name}:root=/data"
         )

@@ -11,13 +11,13 @@ import numpy as np
 
 from dinov2_equi.data.datasets.base import DatasetError, UnreadableImageError, check_index
 from dinov2_equi.data.datasets.encoded import EncodedImages
+from dinov2_equi.data.datasets.numbered_classes import NO_CLASS, NumberedClasses
 from dinov2_equi.data.datasets.packed import PackedStrings
 from dinov2_equi.data.datasets.stored_index import Arrays, index_places, load_index, store_index
 
 _ARRAYS = ("text", "ends", "labels")
 _CLASS_SUFFIX = b".cls"
 _INTERNAL = b"__"
-_NO_CLASS = -1
 
 
 class LmdbImages(EncodedImages):
@@ -41,10 +41,7 @@ class LmdbImages(EncodedImages):
         self._keys = PackedStrings(arrays["text"], arrays["ends"])
         if not len(self._keys):
             raise DatasetError(f"{self._file} holds no key of an image")
-        known = np.unique(arrays["labels"])
-        self._has_classes = bool(known[0] != _NO_CLASS)
-        self._known_labels = known if self._has_classes else known[:0]
-        self._labels = arrays["labels"]
+        self._numbered = NumberedClasses(arrays["labels"])
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -82,12 +79,12 @@ class LmdbImages(EncodedImages):
     @property
     def targets(self) -> list[int] | None:
         """Class number of each image; None unless every image has a class."""
-        return np.searchsorted(self._known_labels, self._labels).tolist() if self._has_classes else None
+        return self._numbered.targets
 
     @property
     def classes(self) -> list[str]:
         """The class numbers, as text."""
-        return [str(label) for label in self._known_labels]
+        return self._numbered.classes
 
     def _index(self) -> Arrays:
         facts = ["lmdb", str(self._file), self._file.stat().st_size, self._file.stat().st_mtime_ns]
@@ -105,7 +102,7 @@ class LmdbImages(EncodedImages):
                 elif not key.startswith(_INTERNAL):
                     keys.append(os.fsdecode(key))
         packed = PackedStrings.of(keys)
-        of_keys = (labels.get(key, labels.get(key.rpartition(".")[0], _NO_CLASS)) for key in keys)
+        of_keys = (labels.get(key, labels.get(key.rpartition(".")[0], NO_CLASS)) for key in keys)
         return {"text": packed.text, "ends": packed.ends, "labels": np.fromiter(of_keys, np.int32, len(keys))}
 
     def _label(self, key: bytes, value: bytes) -> int:

@@ -178,12 +178,15 @@ def _number(spec: str, text: str) -> float:
     return number
 
 
-def make_train_and_val(data: str | None, train: str | None, val: str | None) -> tuple[ImageDataset, ImageDataset]:
+def make_train_and_val(
+    data: str | None, train: str | None, val: str | None, channels: ChannelFormat | None = None
+) -> tuple[ImageDataset, ImageDataset]:
     """Return images to learn from and images to be measured on, as command lines name them.
 
     Args:
         data: a folder with `train` and one of `VAL_FOLDERS` in it; None where the other two are given.
         train, val: a data set each, see `make_dataset`.
+        channels: how their images are read; None: as photographs.
 
     Raises:
         DatasetError: neither form or both, or a folder is missing.
@@ -191,7 +194,7 @@ def make_train_and_val(data: str | None, train: str | None, val: str | None) -> 
     if bool(train) != bool(val) or bool(data) == bool(train):
         raise DatasetError("give --data FOLDER with train/ and val/ alone, or both --train and --val")
     if train and val:
-        return make_dataset(train), make_dataset(val)
+        return make_dataset(train, channels), make_dataset(val, channels)
     root = Path(data or "").expanduser()
     found = [root / name for name in VAL_FOLDERS if (root / name).is_dir()]
     if not (root / "train").is_dir() or not found:
@@ -199,7 +202,7 @@ def make_train_and_val(data: str | None, train: str | None, val: str | None) -> 
             f"expected {root}/train and {root}/val, each with one sub-folder a class; give another folder, or --train "
             "and --val"
         )
-    return make_dataset(str(root / "train")), make_dataset(str(found[0]))
+    return make_dataset(str(root / "train"), channels), make_dataset(str(found[0]), channels)
 
 
 def _parse_fields(name: str, form: _Form, fields: list[str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from dinov2_equi.data.datasets.base import DatasetError, ImageDataset, check_index
+from dinov2_equi.data.datasets.base import DatasetError, ImageDataset, check_index, path_of
 from dinov2_equi.data.datasets.blocks import blocks_of
 
 
@@ -60,6 +60,10 @@ class Mixture:
         """Return the name of image `index` in its part."""
         part, number = self._place(index)
         return part.name(number)
+
+    def path(self, index: int) -> str:
+        """Return where image `index` is to be looked for."""
+        return path_of(*self._place(index))
 
     @property
     def targets(self) -> list[int] | None:

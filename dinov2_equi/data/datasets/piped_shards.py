@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.progress import track
 
 from dinov2_equi.data.datasets.base import DatasetError
 from dinov2_equi.data.datasets.listed import IMAGE_SUFFIXES
@@ -27,7 +26,7 @@ from dinov2_equi.data.datasets.tar_shards import (
     join_scans,
     scan_shard,
 )
-from dinov2_equi.logging.console import get_console
+from dinov2_equi.logging.progress import tracked
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ class PipedShards(TarShards):
 
     def _scan(self, suffixes: tuple[str, ...]) -> dict[str, np.ndarray]:
         numbers = range(len(self._cache.commands))
-        shown = track(numbers, f"Indexing {len(numbers)} shards", console=get_console(), transient=True)
+        shown = tracked(numbers, f"Indexing {len(numbers)} shards")
         parts, sizes = [], []
         for number in shown:
             file = self._cache.fetch(number, is_new=True)
@@ -153,7 +152,8 @@ class _ShardCache:
             if done.returncode == 0:
                 break
             said = done.stderr.decode(errors="replace").strip()[-_SHOWN:]
-            message = f"the command {self.commands[shard]!r} ended with exit code {done.returncode}: {said}"
+            ending = f"ended with exit code {done.returncode}: {said or 'it said nothing'}"
+            message = f"the command {self.commands[shard]!r} {ending}"
             if attempt == _ATTEMPTS:
                 pending.unlink()
                 raise DatasetError(message)

@@ -20,22 +20,21 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rich.progress import track
 
 from dinov2_equi.data.datasets.base import DatasetError, UnreadableImageError, check_index
 from dinov2_equi.data.datasets.blocks import Blocks
 from dinov2_equi.data.datasets.encoded import EncodedImages
 from dinov2_equi.data.datasets.listed import IMAGE_SUFFIXES
+from dinov2_equi.data.datasets.numbered_classes import NO_CLASS, NumberedClasses
 from dinov2_equi.data.datasets.packed import PackedStrings
 from dinov2_equi.data.datasets.stored_index import Arrays, index_places, load_index, store_index
-from dinov2_equi.logging.console import get_console
+from dinov2_equi.logging.progress import tracked
 
 ENTRY = np.dtype([("offset", "<u8"), ("size", "<u4"), ("shard", "<u4")])
 """Where an image lies: 16 bytes."""
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_NO_CLASS = -1
 
 
 @dataclass(frozen=True)
@@ -77,9 +76,7 @@ class TarShards(EncodedImages):
         self._index = _Index(arrays["entries"], PackedStrings(arrays["text"], arrays["ends"]), arrays["labels"])
         if not len(self._index.entries):
             raise DatasetError(f"no image ({' '.join(suffixes)}) in {what}")
-        known = np.unique(self._index.labels)
-        self._has_classes = bool(known[0] != _NO_CLASS)
-        self._known_labels = known if self._has_classes else known[:0]
+        self._numbered = NumberedClasses(self._index.labels)
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -127,15 +124,12 @@ class TarShards(EncodedImages):
     @property
     def targets(self) -> list[int] | None:
         """Class number of each image; None unless every image has a class."""
-        if not self._has_classes:
-            return None
-        targets: list[int] = np.searchsorted(self._known_labels, self._index.labels).tolist()
-        return targets
+        return self._numbered.targets
 
     @property
     def classes(self) -> list[str]:
         """The numbers in the `.cls` files, as text."""
-        return [str(label) for label in self._known_labels]
+        return self._numbered.classes
 
     def path(self, index: int) -> str:
         """Return the path of the shard of image `index`, with its own in it."""
@@ -159,7 +153,8 @@ def _find_shards(pattern: str) -> list[Path]:
 
 
 def _matches(pattern: str) -> list[str]:
-    return sorted(glob.glob(pattern))  # noqa: PTH207 (a Path refuses patterns from the root)
+    found = glob.glob(pattern)  # noqa: PTH207 (a Path refuses patterns from the root)
+    return sorted(path for path in found if Path(path).is_file())
 
 
 def expand_braces(text: str) -> Iterator[str]:
@@ -193,7 +188,7 @@ def fit_each_other(arrays: Arrays) -> bool:
 
 def _scan(shards: Sequence[Path], suffixes: tuple[str, ...]) -> Arrays:
     """Return the index of the shards, from the headers in them."""
-    shown = track(shards, f"Indexing {len(shards)} shards", console=get_console(), transient=True)
+    shown = tracked(shards, f"Indexing {len(shards)} shards")
     return join_scans([scan_shard(number, shard, suffixes) for number, shard in enumerate(shown)])
 
 
@@ -225,7 +220,7 @@ def _images_of(shard: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[tarfile
     Raises:
         DatasetError: The shard is damaged, or a `.cls` file holds no number.
     """
-    key, image, label = "", None, _NO_CLASS
+    key, image, label = "", None, NO_CLASS
     shard_size = shard.stat().st_size
     try:
         with tarfile.open(shard, "r:") as tar:
@@ -238,7 +233,7 @@ def _images_of(shard: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[tarfile
                 if f"{folder}/{stem}" != key:
                     if image is not None:
                         yield image, label
-                    key, image, label = f"{folder}/{stem}", None, _NO_CLASS
+                    key, image, label = f"{folder}/{stem}", None, NO_CLASS
                 if suffix == "cls":
                     label = _label(tar, member, shard)
                 elif image is None and name.lower().endswith(suffixes):

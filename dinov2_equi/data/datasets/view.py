@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Generic, TypeVar
 
-from dinov2_equi.data.datasets.base import ImageDataset
+from dinov2_equi.data.datasets.base import ImageDataset, path_of
+from dinov2_equi.data.datasets.blocks import Blocks, blocks_of
 
 DatasetT = TypeVar("DatasetT", bound=ImageDataset)
 
@@ -26,6 +27,14 @@ class View(Generic[DatasetT]):
     def name(self, index: int) -> str:
         """Return the name of image `index`."""
         return self.dataset.name(index)
+
+    def path(self, index: int) -> str:
+        """Return where image `index` is to be looked for."""
+        return path_of(self.dataset, index)
+
+    def blocks(self) -> Blocks | None:
+        """Return the blocks of the data set."""
+        return blocks_of(self.dataset)
 
     @property
     def targets(self) -> list[int] | None:

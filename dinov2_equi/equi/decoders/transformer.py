@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dinov2_equi.equi.decoders.base import DecoderSettings
 from dinov2_equi.layers.block import Block
+from dinov2_equi.layers.packing import pack
 
 _TEMPERATURE = 10_000.0
 
@@ -131,7 +132,9 @@ class TransformerDecoder(nn.Module):
         if cls is not None:
             x = torch.cat([self.input_projection(torch.cat(cls, dim=-1)).unsqueeze(1), x], dim=1)  # [B, 1 + n, width]
         x = (x + self.step_queries[:, None, None]).flatten(0, 1)  # [S * B, T, width]
+        tokens, layout = pack([x])  # as in the backbone: what FSDP wraps must not return a view
         for layer in self.layers:
-            x = layer(x)
-        patches: Tensor = self.pixel_head(self.norm(x[:, -n:]))  # [S * B, n, 3 * p * p]
+            tokens = layer(tokens, layout)
+        x = tokens.view_as(x)[:, -n:]
+        patches: Tensor = self.pixel_head(self.norm(x))  # [S * B, n, 3 * p * p]
         return torch.sigmoid(patches.float()).reshape(-1, B, n, patches.shape[-1])

@@ -19,15 +19,23 @@ from torchvision.transforms import v2
 from dinov2_equi.data.datasets.coco import DetectionSet
 from dinov2_equi.distributed.collectives import gather_shares
 from dinov2_equi.distributed.env import share_of_rank
-from dinov2_equi.evaluation.dense.detection_metrics import BOX, MASK, Detection, as_detections, average_precision
-from dinov2_equi.evaluation.dense.feature_pyramid import SimpleFeaturePyramid
+from dinov2_equi.evaluation.dense.detection_metrics import AUTO, BOX, MASK, Detection, as_detections, average_precision
+from dinov2_equi.evaluation.dense.feature_pyramid import LevelMaps, ResampledMaps, SimpleFeaturePyramid
+from dinov2_equi.evaluation.dense.linear_detection import linear_detector
+from dinov2_equi.evaluation.dense.maps import spaced_blocks
 from dinov2_equi.evaluation.dense.training import LoopSettings, Losses
+from dinov2_equi.evaluation.dense.windows import Windows
 from dinov2_equi.evaluation.eval_model import EvalModel
 
-MASK_RCNN, FASTER_RCNN, RETINANET = "mask_rcnn", "faster_rcnn", "retinanet"
-DETECTORS = (MASK_RCNN, FASTER_RCNN, RETINANET)
+MASK_RCNN, FASTER_RCNN, RETINANET, LINEAR = "mask_rcnn", "faster_rcnn", "retinanet", "linear"
+DETECTORS = (MASK_RCNN, FASTER_RCNN, RETINANET, LINEAR)
 _ASPECT_RATIOS = (0.5, 1.0, 2.0)
-_LEVELS = {MASK_RCNN: ((4, 8, 16, 32), 1), FASTER_RCNN: ((4, 8, 16, 32), 1), RETINANET: ((8, 16, 32), 2)}
+_LEVELS = {
+    MASK_RCNN: ((4, 8, 16, 32), 1),
+    FASTER_RCNN: ((4, 8, 16, 32), 1),
+    RETINANET: ((8, 16, 32), 2),
+    LINEAR: ((8, 16, 32, 64), 0),
+}
 """Strides of the maps and number of pooled ones below them."""
 
 Sample = tuple[Tensor, dict[str, Tensor]]
@@ -39,16 +47,20 @@ class DetectionSettings(LoopSettings):
     """What is trained, how, and how it is measured; with the attributes of `LoopSettings`.
 
     Attributes:
-        detector: mask_rcnn, faster_rcnn or retinanet.
+        detector: mask_rcnn, faster_rcnn, retinanet, or linear, the probe without a hidden layer.
         finetune: train the backbone too.
         size: side of the training crops, and the longer side of an image that is measured, pixels.
         least_scale: least factor of the large-scale jitter: the image fits into the crop, times this.
         largest_scale: largest factor.
-        channels: width of the feature pyramid.
-        anchor_size: side of the smallest anchors, pixels; the others are 2, 4, 8 and 16 times as large.
+        window: side of the windows in which patches attend, in patches; 0: every patch sees the whole image.
+        global_blocks: number of blocks, evenly spaced and ending with the last, that attend globally all the same.
+        channels: width of the feature pyramid; the linear probe has none.
+        anchor_size: side of the smallest anchors, pixels; the others are 2, 4, 8 and 16 times as large. The linear
+            probe has no anchors.
         regions: of an image that the heads of an R-CNN are trained on in a step, at most.
         score_threshold: detections below it are not kept.
         detections: kept of an image, at most; COCO counts the best 100.
+        curve_every: steps between two measurements while it is trained; 0: only at the end.
     """
 
     detector: str = MASK_RCNN
@@ -56,6 +68,8 @@ class DetectionSettings(LoopSettings):
     size: int = 1024
     least_scale: float = 0.1
     largest_scale: float = 2.0
+    window: int = 0
+    global_blocks: int = 4
     channels: int = 256
     anchor_size: int = 32
     regions: int = 512
@@ -69,6 +83,7 @@ class DetectionSettings(LoopSettings):
     backbone_lr: float = 1.0
     clip_grad: float = 1.0
     save_every: int = 500
+    curve_every: int = 0
 
     def check(self) -> None:
         """Refuse settings out of range.
@@ -84,11 +99,21 @@ class DetectionSettings(LoopSettings):
                 "expected size, channels, anchor_size, regions, detections >= 1 and score_threshold in [0, 1), got "
                 f"{', '.join(map(str, counts))}, {self.score_threshold}"
             )
+        if min(self.curve_every, self.window, self.global_blocks) < 0:
+            raise ValueError(
+                f"expected curve_every, window and global_blocks >= 0, got {self.curve_every}, {self.window}, "
+                f"{self.global_blocks}"
+            )
         if not 0 < self.least_scale <= self.largest_scale:
             raise ValueError(
                 f"expected 0 < least_scale <= largest_scale, got {self.least_scale} and {self.largest_scale}"
             )
         super().check()
+
+    @property
+    def has_regions(self) -> bool:
+        """Whether the detector has a second stage."""
+        return self.detector in (MASK_RCNN, FASTER_RCNN)
 
     @property
     def has_masks(self) -> bool:
@@ -107,10 +132,9 @@ class DetectionModel(nn.Module):
 
     def __init__(self, model: EvalModel, settings: DetectionSettings, num_classes: int) -> None:
         super().__init__()
-        # RetinaNet has no background: with a class for it, it would name objects "background".
-        self.first_label = 0 if settings.detector == RETINANET else 1
-        strides, pooled = _LEVELS[settings.detector]
-        pyramid = SimpleFeaturePyramid(model, strides, pooled, settings.channels, is_frozen=not settings.finetune)
+        # These have no background: with a class for it, they would name objects "background".
+        self.first_label = 0 if settings.detector in (RETINANET, LINEAR) else 1
+        pyramid = _level_maps(model, settings)
         options: dict[str, Any] = {
             "num_classes": num_classes + self.first_label,
             "min_size": settings.size,
@@ -119,15 +143,15 @@ class DetectionModel(nn.Module):
             "image_std": list(model.std),
             "size_divisible": pyramid.size_divisible,
         }
-        build = _retinanet if settings.detector == RETINANET else _rcnn
+        build = {RETINANET: _retinanet, LINEAR: _linear}.get(settings.detector, _rcnn)
         self.detector = build(pyramid, settings, options)
         self.num_classes = num_classes
 
     @property
-    def pyramid(self) -> SimpleFeaturePyramid:
+    def pyramid(self) -> LevelMaps:
         """What torchvision calls the detector's backbone."""
         pyramid = self.detector.backbone
-        assert isinstance(pyramid, SimpleFeaturePyramid)
+        assert isinstance(pyramid, LevelMaps)
         return pyramid
 
     @property
@@ -147,14 +171,25 @@ class DetectionModel(nn.Module):
     @torch.no_grad()
     def predict(self, image: Tensor) -> dict[str, Tensor]:
         """Return boxes, labels from 1, scores and maybe masks of an image, uint8 [3, H, W], on the CPU."""
-        device = next(self.pyramid.levels.parameters()).device
+        device = next(self.parameters()).device
         given = v2.functional.to_dtype(image, torch.float32, scale=True).to(device)
         (found,) = self.detector([given])
         found["labels"] = found["labels"] + 1 - self.first_label
         return {name: value.cpu() for name, value in found.items()}
 
 
-def _rcnn(pyramid: SimpleFeaturePyramid, settings: DetectionSettings, options: dict[str, Any]) -> nn.Module:
+def _level_maps(model: EvalModel, settings: DetectionSettings) -> LevelMaps:
+    """Return what a detector looks at."""
+    strides, pooled = _LEVELS[settings.detector]
+    of_backbone: dict[str, Any] = {"is_frozen": not settings.finetune}
+    if settings.window:
+        of_backbone["windows"] = Windows(settings.window, spaced_blocks(model, settings.global_blocks))
+    if settings.detector == LINEAR:
+        return ResampledMaps(model, strides, **of_backbone)
+    return SimpleFeaturePyramid(model, strides, pooled, settings.channels, **of_backbone)
+
+
+def _rcnn(pyramid: LevelMaps, settings: DetectionSettings, options: dict[str, Any]) -> nn.Module:
     """Return Faster R-CNN, or Mask R-CNN."""
     strides, pooled = _LEVELS[settings.detector]
     options |= {
@@ -169,7 +204,7 @@ def _rcnn(pyramid: SimpleFeaturePyramid, settings: DetectionSettings, options: d
     return FasterRCNN(pyramid, **options)  # type: ignore[no-any-return]
 
 
-def _retinanet(pyramid: SimpleFeaturePyramid, settings: DetectionSettings, options: dict[str, Any]) -> nn.Module:
+def _retinanet(pyramid: LevelMaps, settings: DetectionSettings, options: dict[str, Any]) -> nn.Module:
     """Return RetinaNet."""
     strides, pooled = _LEVELS[settings.detector]
     return RetinaNet(  # type: ignore[no-any-return]
@@ -179,6 +214,12 @@ def _retinanet(pyramid: SimpleFeaturePyramid, settings: DetectionSettings, optio
         detections_per_img=settings.detections,
         **options,
     )
+
+
+def _linear(maps: LevelMaps, settings: DetectionSettings, options: dict[str, Any]) -> nn.Module:
+    """Return the linear probe."""
+    options |= {"score_thresh": settings.score_threshold, "detections_per_img": settings.detections}
+    return linear_detector(maps, _LEVELS[settings.detector][0], options)
 
 
 def _anchors(smallest: int, levels: int, *, per_octave: int) -> AnchorGenerator:
@@ -266,18 +307,19 @@ def evaluate_detection(
     settings: DetectionSettings,
     *,
     on_image: Callable[[], None] | None = None,
+    library: str = AUTO,
 ) -> dict[str, Any]:
     """Return the average precision of boxes, and of masks where the detector finds and the data set has them.
 
     Every process of a group must call it; each predicts its share of the images.
 
     Raises:
-        ImportError: without pycocotools.
+        ImportError: without pycocotools, or the library that is asked for; see `coco_library`.
     """
-    device = next(model.pyramid.levels.parameters()).device
+    device = next(model.parameters()).device
     found = [entry for image in gather_shares(list(detections(model, dataset, on_image)), device) for entry in image]
     numbers: dict[str, Any] = {"num_images": len(dataset), "num_detections": len(found)}
-    numbers["box"] = average_precision(dataset, found, BOX)
+    numbers["box"] = average_precision(dataset, found, BOX, library)
     if settings.has_masks and dataset.has_masks:
-        numbers["mask"] = average_precision(dataset, found, MASK)
+        numbers["mask"] = average_precision(dataset, found, MASK, library)
     return numbers

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dinov2_equi.data.transforms import normalize
+from dinov2_equi.evaluation.dense.windows import Windows, windowed_tokens
 from dinov2_equi.evaluation.eval_model import EvalModel
 from dinov2_equi.models.vision_transformer import DinoVisionTransformer
 
@@ -45,21 +46,28 @@ class DenseBackbone(nn.Module):
         model: the backbone with its normalisation.
         blocks: numbers of the blocks that are read, counted from 0.
         is_frozen: compute it in evaluation mode and without gradients.
+        windows: blocks that attend in windows; None: none.
 
     Raises:
-        ValueError: for a block that the backbone lacks; for a backbone of another library that is not frozen.
+        ValueError: for a block that the backbone lacks; for a backbone of another library that is not frozen, or that
+            is to attend in windows.
     """
 
-    def __init__(self, model: EvalModel, blocks: Sequence[int], *, is_frozen: bool = True) -> None:
+    def __init__(
+        self, model: EvalModel, blocks: Sequence[int], *, is_frozen: bool = True, windows: Windows | None = None
+    ) -> None:
         super().__init__()
         if not blocks or min(blocks) < 0 or max(blocks) >= model.num_blocks:
             raise ValueError(f"{model.name} has the blocks 0 to {model.num_blocks - 1}, asked for {list(blocks)}")
         if not is_frozen and not isinstance(model.backbone, DinoVisionTransformer):
             raise ValueError(f"{model.name} is a backbone of another library; only DINOv2's architecture is fine-tuned")
+        if windows is not None and not isinstance(model.backbone, DinoVisionTransformer):
+            raise ValueError(f"{model.name} is no backbone of DINOv2's architecture, which alone attends in windows")
         self.name = model.name
         self.backbone = model.backbone
         self.blocks = tuple(blocks)
         self.is_frozen = is_frozen
+        self.windows = windows
         self.patch_size = model.patch_size
         self.num_blocks = model.num_blocks
         self.mean, self.std = model.mean, model.std
@@ -106,6 +114,9 @@ class DenseBackbone(nn.Module):
 
     def _tokens(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return patch tokens [B, N, D] and class token [B, D] of every wanted block."""
+        if self.windows is not None:
+            assert isinstance(self.backbone, DinoVisionTransformer)
+            return windowed_tokens(self.backbone, images, self.blocks, self.windows)
         if self.num_blocks == 1:
             output = self.backbone.forward_features(images)  # type: ignore[operator]
             return [(output["x_norm_patchtokens"], output["x_norm_clstoken"])] * len(self.blocks)

@@ -27,12 +27,6 @@ Picture = NDArray[np.float64]
 """[H, W, 3] in [0, 1]."""
 
 
-def chosen_images(count: int, wanted: int) -> list[int]:
-    """Return the numbers of at most `wanted` images, evenly spread."""
-    wanted = min(count, wanted)
-    return [number * count // wanted for number in range(wanted)]
-
-
 def small(values: Tensor, *, is_label: bool) -> Tensor:
     """Return an image or map [C, H, W] shrunk to the size of a picture; labels by the nearest pixel."""
     height, width = values.shape[-2:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -65,6 +66,36 @@ def test_killed_processes_lose_or_double_samples(kill_after: tuple[int, ...], ca
             assert torch.equal(tensor, other.tensors()[name]), name
     assert len(caplog.records) == len(kill_after)
     assert "was killed by signal 9; the loader starts again at step" in caplog.text
+
+
+class _Breaking:
+    """The batches of a loader until the connection to its process breaks, a moment before the process is gone."""
+
+    def __init__(self, batches: Iterator[Batch], good: int) -> None:
+        self.batches, self.good = batches, good
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        self.good -= 1
+        if self.good >= 0:
+            return next(self.batches)
+        process = multiprocessing.active_children()[-1].pid
+        assert process is not None
+        threading.Timer(0.2, os.kill, (process, signal.SIGKILL)).start()
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+
+def test_process_that_is_killed_while_a_batch_is_fetched_from_it_ends_the_training(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = iter((3, 99))  # good batches of the first loader, and of the one after it
+    start = DataLoader.__iter__
+    monkeypatch.setattr(DataLoader, "__iter__", lambda self: _Breaking(start(self), next(made)))
+    batches = list(loader(num_workers=1))
+    assert [batch.positions[0].item() for batch in batches] == list(range(12, 48, 3))
+    assert "was killed by signal 9; the loader starts again at step 7" in caplog.text
 
 
 class _Steps(Dataset[int]):

@@ -105,6 +105,15 @@ def test_a_pair_depends_on_what_was_asked_for_before() -> None:
     )
 
 
+def test_images_read_in_full_precision_become_black(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = images()
+    expected = HomographyPairs(source, PAIRS, length=1)[0]
+    load: Callable[..., Tensor] = source.load_tensor
+    monkeypatch.setattr(source, "load_tensor", lambda index, side=None: load(index, side).float() / 255)
+    found = HomographyPairs(source, PAIRS, length=1)[0]
+    torch.testing.assert_close(found.first, expected.first, atol=2 / 255, rtol=0)  # rounded in rows and columns
+
+
 def test_a_pass_leaves_out_images(monkeypatch: pytest.MonkeyPatch) -> None:
     source = images()
     seen: list[int] = []

@@ -72,6 +72,66 @@ def test_mask_of_an_object_is_another_one(tmp_path: Path) -> None:
     assert all(np.array_equal(mask, inside) for mask in masks.numpy())
 
 
+def run_lengths(size: list[int], counts: list[int] | str) -> dict[str, Any]:
+    return {"size": size, "counts": counts}
+
+
+@pytest.mark.parametrize(
+    "outline",
+    [
+        [[5, 5, 9, 5]],  # two corners; pycocotools takes these numbers for a box
+        [[5, 5, 5, 5, 5, 5]],
+        run_lengths([20, 30], [600]),
+        [[40, 5, 50, 5, 50, 9]],  # outside the image
+    ],
+)
+def test_mask_without_a_pixel_is_trained_on(tmp_path: Path, outline: Any) -> None:
+    square = [[2, 3, 12, 3, 12, 8, 2, 8]]
+    objects = [
+        annotation(1, 7, [5, 5, 4, 4], segmentation=outline),
+        annotation(2, 3, [2, 3, 10, 5], segmentation=square),
+    ]
+    dataset = read_coco(write(tmp_path, objects), tmp_path / "train")
+    found = dataset.objects(0, with_masks=True)
+    assert found.labels.tolist() == [1] and found.masks is not None and found.masks.sum() == 50
+    assert dataset.objects(0, with_masks=False).labels.tolist() == [2, 1]  # its box is there all the same
+
+
+@pytest.mark.parametrize(
+    ("outline", "message"),
+    [
+        (run_lengths([30, 20], [600]), r"object 1 of .*json to be of the size \[20, 30\] of its image, got \[30, 20\]"),
+        (run_lengths([20, 30], [500]), r"expected run lengths of 600 pixels in object 1 of .*json, got \[500\]"),
+        (run_lengths([20, 30], [700, -100]), "expected run lengths of 600 pixels"),
+        ([[1, 2, 3, 4, 5]], r"expected polygons .* in object 1 of .*json, got \[\[1, 2, 3, 4, 5\]\]"),
+        ([[1, 2, 3, 4, 5, float("inf")]], "expected polygons"),
+        ([1, 2, 3, 4, 5, 6], "expected polygons"),
+        ("polygon", "of its image, got polygon"),
+    ],
+)
+def test_mask_that_does_not_fit_is_taken(tmp_path: Path, outline: Any, message: str) -> None:
+    dataset = read_coco(write(tmp_path, [annotation(1, 7, [5, 5, 4, 4], segmentation=outline)]), tmp_path / "train")
+    with pytest.raises(DatasetError, match=message):
+        dataset.objects(0, with_masks=True)
+
+
+def test_crowd_is_trained_on(tmp_path: Path) -> None:
+    counts = run_lengths([20, 30], [0, 600])
+    objects = [annotation(1, 7, [0, 0, 30, 20], iscrowd=1, segmentation=counts)]
+    found = read_coco(write(tmp_path, objects), tmp_path / "train").objects(0, with_masks=True)
+    assert len(found.boxes) == 0 and found.masks is not None and found.masks.shape == (0, 20, 30)
+
+
+@pytest.mark.parametrize(("mode", "top"), [("L", 255), ("I;16", 65535), ("1", 1)])
+def test_grey_image_has_one_channel(tmp_path: Path, mode: str, top: int) -> None:
+    path = write(tmp_path, [])
+    picture = Image.new(mode, (30, 20), 0)
+    picture.putpixel((3, 2), top)
+    picture.save(tmp_path / "train" / "a.png")
+    image = read_coco(path, tmp_path / "train").load_image(0)
+    assert image.shape == (3, 20, 30) and image[:, 2, 3].tolist() == [255] * 3 and int(image.sum()) == 3 * 255
+
+
 def test_image_without_objects_has_no_shapes(tmp_path: Path) -> None:
     found = read_coco(write(tmp_path, []), tmp_path / "train").objects(0, with_masks=True)
     assert found.boxes.shape == (0, 4) and found.labels.shape == (0,)
@@ -102,7 +162,12 @@ def test_image_of_another_size_is_taken(tmp_path: Path) -> None:
             r"1 of 1 images of .* first is .*b\.png",
         ),
         ({"annotations": [{"image_id": 5, "category_id": 7}]}, "lacks bbox"),
-        ({"annotations": [annotation(1, 7, [1, 2, 3])]}, "a bbox of 3 numbers, not 4"),
+        ({"annotations": [annotation(1, 7, [1, 2, 3])]}, r"annotations\[0\] in .* the bbox \[1, 2, 3\]"),
+        ({"annotations": [annotation(1, 7, [1, 2, 3, "4"])]}, "expected four numbers"),
+        ({"annotations": [annotation(1, 7, [1, 2, 3, float("nan")])]}, "expected four numbers"),
+        ({"annotations": [annotation(1, 7, None)]}, "the bbox None: expected four numbers"),
+        ({"annotations": [annotation(1, "7", [1, 2, 3, 4])]}, "the category_id '7': expected a whole number"),
+        ({"images": [{"id": 5, "file_name": "a.png", "width": 30, "height": 0}]}, "is 30 x 0 pixels large"),
         ({"annotations": [annotation(9, 8, [1, 2, 3, 4])]}, "annotation 9 in .* has the unknown category_id 8"),
         ({"annotations": [annotation(9, 7, [1, 2, 3, 4]) | {"image_id": 1}]}, "has the unknown image_id 1"),
         ({"categories": [*CATEGORIES, {"id": 3, "name": "x"}]}, "several categories with the id 3"),

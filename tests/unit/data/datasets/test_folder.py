@@ -55,6 +55,23 @@ def test_linked_folder_is_followed_and_a_circle_ends(tmp_path: Path) -> None:
     assert names(ImageFolder(tmp_path / "root")) == ["link/x.jpg"]
 
 
+def test_folder_that_cannot_be_read_is_left_out_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("closed", "open"):
+        save_image(tmp_path / name / "x.png")
+    scandir = os.scandir
+
+    def without_permission(folder: Path) -> object:
+        if folder.name == "closed":
+            raise PermissionError("no permission")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", without_permission)
+    assert names(ImageFolder(tmp_path)) == ["open/x.png"]
+    assert f"{tmp_path}/closed cannot be read, its images are left out: no permission" in caplog.text
+
+
 def test_unusual_file_names_are_loaded(tmp_path: Path) -> None:
     files = ["with space.png", "münchen.png", "日本.png", "a:b=c.png"]
     for file in files:

@@ -18,9 +18,10 @@ from dinov2_equi.data.augmentations import DataAugmentationDINO
 from dinov2_equi.data.datasets import piped_shards
 from dinov2_equi.data.datasets.base import DatasetError, ImageDataset
 from dinov2_equi.data.datasets.blocks import blocks_of
-from dinov2_equi.data.datasets.holdout import hold_back
+from dinov2_equi.data.datasets.holdout import evenly_spread, hold_back
 from dinov2_equi.data.datasets.make import make_dataset
 from dinov2_equi.data.datasets.piped_shards import PipedShards
+from dinov2_equi.data.datasets.readable import ReadableImages
 from dinov2_equi.data.datasets.tar_shards import TarShards
 from dinov2_equi.data.loaders import MultiCropDataset, make_train_loader
 from dinov2_equi.data.masking import MaskingGenerator
@@ -100,6 +101,23 @@ def test_a_shard_is_read_once_for_the_index_and_once_an_epoch(shards: Path) -> N
     assert runs(shards) <= 12
     again = piped(shards)
     assert runs(shards) <= 12 and len(again) == 24  # the index is there
+
+
+@pytest.mark.parametrize("count", [3, 8, 11, 18])
+def test_a_few_images_for_a_measurement_cost_every_shard_each_time(shards: Path, count: int) -> None:
+    kept, _ = hold_back(piped(shards), 0.25, 0)
+    few = evenly_spread(ReadableImages(kept), count)
+    blocks = blocks_of(kept)
+    assert blocks is not None and len(few) == count and len(kept) == 18
+    before = runs(shards)
+    for _ in range(2):
+        for index in range(count):
+            few.load(index)
+    numbers = [int(few.name(index).rpartition("/")[2].removesuffix(".png")) for index in range(count)]
+    used = {number // 4 for number in numbers}
+    assert sorted(set(numbers)) == numbers
+    assert len(used) == 2 or blocks.lengths[sorted(used)].sum() - blocks.lengths[list(used)].max() < count
+    assert len(used) > 5 or runs(shards) - before <= len(used)  # more do not fit the disk at once
 
 
 def test_no_more_shards_lie_on_the_disk_than_two_windows_and_one(shards: Path, places: Path) -> None:

@@ -159,6 +159,8 @@ def test_faults_say_what_was_found_and_what_to_do(tmp_path: Path) -> None:
     ):
         with pytest.raises(DatasetError, match=message):
             make_dataset(str(tmp_path / name))
+    with pytest.raises(DatasetError, match=r"no such shard: .*\(0 others were found\)"):
+        make_dataset(f"tar:path={tmp_path}")  # the folder of the shards
 
 
 def test_image_net_22k_has_a_shard_for_each_class(tmp_path: Path) -> None:

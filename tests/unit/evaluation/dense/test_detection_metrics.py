@@ -13,7 +13,17 @@ import torch
 from PIL import Image
 
 from dinov2_equi.data.datasets.coco import DetectionSet, read_coco
-from dinov2_equi.evaluation.dense.detection_metrics import BOX, MASK, as_detections, average_precision
+from dinov2_equi.evaluation.dense.detection_metrics import (
+    BOX,
+    COCO_LIBRARIES,
+    FASTER,
+    MASK,
+    PYCOCOTOOLS,
+    as_detections,
+    average_precision,
+    coco_library,
+    perfect_detections,
+)
 
 
 def polygon(box: list[float]) -> list[list[float]]:
@@ -112,6 +122,110 @@ def test_detection_in_a_crowd_counts_as_wrong(dataset: DetectionSet) -> None:
 def test_no_detection_at_all_is_an_error(dataset: DetectionSet) -> None:
     found = average_precision(dataset, [], BOX)
     assert found["AP"] == 0.0 and found["by_class"]["c4"] == 0.0 and math.isnan(found["by_class"]["c11"])
+
+
+def many_objects(root: Path) -> DetectionSet:
+    """Return 12 images with up to 15 objects of 4 classes, a tenth of them crowds, of all of COCO's sizes."""
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    for number in range(12):
+        Image.new("RGB", (160, 120)).save(root / f"{number}.png")
+        images.append({"id": 7 * number, "file_name": f"{number}.png", "width": 160, "height": 120})
+        for _ in range(rng.integers(0, 16)):
+            width, height = (int(v) for v in rng.integers(4, (150, 110)))
+            box = [int(rng.integers(0, 160 - width)), int(rng.integers(0, 120 - height)), width, height]
+            entry = {
+                "id": len(annotations),
+                "image_id": 7 * number,
+                "category_id": int(rng.integers(1, 5)),
+                "bbox": box,
+            }
+            entry |= {"iscrowd": int(rng.random() < 0.1), "area": width * height, "segmentation": polygon(box)}
+            if entry["iscrowd"]:
+                x, y, w, h = box
+                inside = np.zeros((120, 160), np.uint8)
+                inside[y : y + h, x : x + w] = 1
+                flat = np.concatenate([[0], inside.flatten(order="F"), [2]])
+                edges = np.flatnonzero(np.diff(flat)).tolist()  # begins with zeros, maybe none of them
+                counts = np.diff([0, *edges]).tolist()
+                entry["segmentation"] = {"size": [120, 160], "counts": counts}
+            annotations.append(entry)
+    categories = [{"id": i, "name": f"c{i}"} for i in range(1, 6)]
+    document = {"images": images, "annotations": annotations, "categories": categories}
+    (root / "many.json").write_text(json.dumps(document))
+    return read_coco(root / "many.json", root)
+
+
+def blurred(dataset: DetectionSet) -> list[dict[str, Any]]:
+    """Return what is true, moved about, some of it under another name, with scores of which many are equal."""
+    rng = np.random.default_rng(1)
+    outputs = perfect(dataset)
+    for output in outputs:
+        n = len(output["labels"])
+        moves = torch.from_numpy(rng.normal(0, 5, (n, 4))).float()
+        output["boxes"] = output["boxes"] + moves
+        output["boxes"][:, 2:] = torch.maximum(output["boxes"][:, 2:], output["boxes"][:, :2] + 1)
+        output["scores"] = torch.from_numpy(rng.random(n).round(1)).float()
+        wrong = torch.from_numpy(rng.random(n) < 0.2)
+        output["labels"] = torch.where(wrong, torch.from_numpy(rng.integers(1, 6, n)), output["labels"])
+        output["masks"] = output["masks"].roll(3, dims=3)
+    return results(dataset, outputs)
+
+
+@pytest.mark.parametrize("kind", [BOX, MASK])
+@pytest.mark.parametrize("library", COCO_LIBRARIES)
+def test_perfect_detections_of_many_objects_have_an_error(tmp_path: Path, kind: str, library: str) -> None:
+    if library == FASTER:
+        pytest.importorskip("faster_coco_eval")
+    dataset = many_objects(tmp_path)
+    assert any(a["iscrowd"] for found in dataset.annotations.values() for a in found)
+    found = average_precision(dataset, perfect_detections(dataset, kind), kind, library)
+    for name in ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_100"):
+        assert found[name] == pytest.approx(1.0, abs=1e-12)  # a mean of ones
+
+
+@pytest.mark.parametrize("kind", [BOX, MASK])
+def test_libraries_differ(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("faster_coco_eval")
+    dataset = many_objects(tmp_path)
+    detections = blurred(dataset)
+    own, other = (average_precision(dataset, detections, kind, library) for library in COCO_LIBRARIES)
+    assert 0.05 < own["AP"] < 0.95
+    for a, b in ((own, other), (own.pop("by_class"), other.pop("by_class"))):
+        assert a.keys() == b.keys()
+        np.testing.assert_allclose(
+            [a[k] for k in a if k != "by_class"], [b[k] for k in a if k != "by_class"], atol=1e-9
+        )
+
+
+def test_library_that_is_not_there_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert coco_library() == coco_library(PYCOCOTOOLS) == PYCOCOTOOLS
+    with pytest.raises(ImportError, match="pip install -r eval/detection/requirements.txt"):
+        coco_library(FASTER)
+    with pytest.raises(ValueError, match="auto, pycocotools, faster-coco-eval, got 'mine'"):
+        coco_library("mine")
+
+
+@pytest.mark.parametrize("library", COCO_LIBRARIES)
+def test_mask_without_a_pixel_cannot_be_found(tmp_path: Path, library: str) -> None:
+    """Rule: it counts for boxes, and is left out for masks. An area of null is that of the box."""
+    if library == FASTER:
+        pytest.importorskip("faster_coco_eval")
+    Image.new("RGB", (100, 80)).save(tmp_path / "1.png")
+    objects = [
+        {"bbox": [10, 10, 20, 30], "segmentation": polygon([10, 10, 20, 30]), "area": None},
+        {"bbox": [50, 20, 20, 20], "segmentation": [[50, 20, 70, 40]], "area": 0},
+    ]
+    annotations = [{"id": n, "image_id": 1, "category_id": 4, "iscrowd": None} | o for n, o in enumerate(objects)]
+    image = {"id": 1, "file_name": "1.png", "width": 100, "height": 80}
+    document = {"images": [image], "annotations": annotations, "categories": [{"id": 4, "name": "c"}]}
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    dataset = read_coco(tmp_path / "a.json", tmp_path)
+    for kind, count in ((BOX, 2), (MASK, 1)):
+        detections = perfect_detections(dataset, kind)
+        assert len(detections) == count
+        assert average_precision(dataset, detections, kind, library)["AP"] == pytest.approx(1.0, abs=1e-12)
 
 
 def test_mask_is_stored_by_rows() -> None:

@@ -10,7 +10,6 @@ from dinov2_equi.evaluation.dense.pictures import (
     UNKNOWN,
     _with_boxes,
     boxes_figure,
-    chosen_images,
     class_colors,
     class_palette,
     depth_colors,
@@ -76,8 +75,3 @@ def test_figures_are_empty() -> None:
         assert pixels.shape[1] > 250 and pixels.std() > 20
     with pytest.raises(ValueError, match=r"the same number of pictures, got \[1, 2\]"):
         rows_figure({"a": [np.zeros((2, 2, 3))], "b": [np.zeros((2, 2, 3))] * 2})
-
-
-@pytest.mark.parametrize(("count", "wanted", "numbers"), [(10, 4, [0, 2, 5, 7]), (2, 4, [0, 1]), (1, 1, [0])])
-def test_images_that_are_shown(count: int, wanted: int, numbers: list[int]) -> None:
-    assert chosen_images(count, wanted) == numbers

@@ -92,11 +92,11 @@ def examine(dataset: ImageDataset, indices: Sequence[int]) -> Findings:
     return findings
 
 
-def suspects(indices: Sequence[int], sizes: Sizes) -> list[int]:
-    """Return the images whose headers cannot be read, or whose shape is none to be trained on."""
-    short, long = sizes.min(axis=1), sizes.max(axis=1).astype(np.int64)
-    is_suspect = (short < LEAST_SIDE_PX) | (long > GREATEST_ASPECT * short.astype(np.int64))
-    return [indices[row] for row in np.flatnonzero(is_suspect).tolist()]
+def suspected(sizes: Sizes) -> np.ndarray:
+    """Return which headers cannot be read, or tell of a shape that is none to be trained on: bool [n], of [n, 2]."""
+    short, long = sizes.min(axis=1).astype(np.int64), sizes.max(axis=1).astype(np.int64)
+    is_suspect: np.ndarray = (short < LEAST_SIDE_PX) | (long > GREATEST_ASPECT * short)
+    return is_suspect
 
 
 def report(dataset: ImageDataset, max_images: int, max_headers: int) -> list[str]:
@@ -111,17 +111,17 @@ def report(dataset: ImageDataset, max_images: int, max_headers: int) -> list[str
             + describe_sizes(np.array(findings.sizes, np.uint32), "pixels of the good ones")
         )
     indices, sizes = pixel_sizes(dataset, max_headers or None)
-    suspected = suspects(indices, sizes)
-    if suspected:
-        lines.append(
-            f"{len(suspected):,} of {len(indices):,} headers promise no image to train on: they are read first"
-        )
-    first = suspected[: min(SHOWN_BAD, count)]  # more are not named anyway
+    is_suspect = suspected(sizes)
+    num_suspects = int(is_suspect.sum())
+    if num_suspects:
+        lines.append(f"{num_suspects:,} of {len(indices):,} headers promise no image to train on: they are read first")
+    # More of them are not named anyway.
+    first = [indices[row] for row in np.flatnonzero(is_suspect)[: min(SHOWN_BAD, count)].tolist()]
     others = sorted(set(spread_indices(len(dataset), count)) - set(first))
     kept = [others[place] for place in spread_indices(len(others), count - len(first))]
     findings = examine(dataset, sorted(first + kept))
-    readable = np.asarray(sizes[sizes.all(axis=1)])
-    return lines + describe_findings(findings) + describe_sizes(readable, f"pixels, by {len(readable):,} headers")
+    good = np.asarray(sizes[~is_suspect])
+    return lines + describe_findings(findings) + describe_sizes(good, f"pixels, by {len(good):,} headers")
 
 
 def describe(dataset: ImageDataset) -> list[str]:

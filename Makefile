@@ -15,13 +15,21 @@ OUTPUT := runs/$(basename $(notdir $(CONFIG)))$(if $(DATA),_$(notdir $(patsubst 
 ARGS :=
 
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check --no-input -q -q
+PIP_OPTIONS := --disable-pip-version-check --no-input -q -q
+PIP := $(PY) -m pip $(PIP_OPTIONS)
 # Two test processes; one thread each, or they would compete for the cores.
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -q
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+PYTEST := $(ONE_THREAD) $(PY) -m pytest -q
 
 # An empty file marks that these very requirements are installed; other contents, other name.
 RUN_STAMP := $(VENV)/.dinov2_equi-run-$(shell cksum < requirements.txt | tr ' ' '-')
 DEV_STAMP := $(VENV)/.dinov2_equi-dev-$(shell cat requirements.txt requirements-dev.txt | cksum | tr ' ' '-')
+
+# mmsegmentation has an environment of its own, which sees the packages of $(VENV) and changes none of them.
+MMSEG_VENV := $(VENV)-mmseg
+MMSEG_REQUIREMENTS := eval/segmentation/requirements.txt
+MMSEG_PY := $(MMSEG_VENV)/bin/python
+MMSEG_STAMP := $(MMSEG_VENV)/.dinov2_equi-mmseg-$(shell echo $(abspath $(VENV)) | cat - $(MMSEG_REQUIREMENTS) | cksum | tr ' ' '-')
 
 .PHONY: help
 help:
@@ -29,9 +37,10 @@ help:
 	@echo "               DATA=folder       your own images"
 	@echo "               CONFIG=file       another configuration; OUTPUT=folder  another place for the run"
 	@echo "               ARGS=\"key=value\"  other settings, for example ARGS=\"optim.epochs=2 train.seed=1\""
-	@echo "make test      all checks: style, types, imports, tests on the CPU"
+	@echo "make test      all checks: style, types, imports, tests on the CPU, and of SLURM jobs where a SLURM answers"
+	@echo "make test-mmseg the tests of eval/segmentation on mmsegmentation alone"
 	@echo "make test-slow the slow tests;  make test-gpu  the tests that need a CUDA device"
-	@echo "make test-slurm the tests that need a running SLURM"
+	@echo "make test-slurm the tests of SLURM jobs alone, which need a running SLURM"
 	@echo "make bench     speed and memory against plain references; the numbers go to runs/bench"
 	@echo "make lint      style and imports only;  make types  types only"
 	@echo "make format    rewrite the code in the project's style"
@@ -51,6 +60,16 @@ $(DEV_STAMP): $(RUN_STAMP)
 	@echo "Installing the packages of requirements-dev.txt into $(VENV)."
 	@$(PIP) install -r requirements.txt -r requirements-dev.txt
 	@rm -f $(VENV)/.dinov2_equi-dev-* && touch $@
+
+# Without opencv-python, which needs libGL: its headless kind is in $(VENV).
+$(MMSEG_STAMP): $(DEV_STAMP)
+	@echo "Installing the packages of $(MMSEG_REQUIREMENTS) into $(MMSEG_VENV): seconds and 60 MB."
+	@$(PY) -m venv --clear $(MMSEG_VENV)
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  "$$($(MMSEG_PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
+	@$(MMSEG_PY) -m pip $(PIP_OPTIONS) install -r $(MMSEG_REQUIREMENTS)
+	@$(MMSEG_PY) -m pip $(PIP_OPTIONS) uninstall -y opencv-python
+	@touch $@
 
 NAME_A_PYTHON := make PYTHON=/path/to/python3
 
@@ -79,7 +98,7 @@ train: $(RUN_STAMP)
 # --------------------------------------------------------------------------------------------------------------- checks
 
 .PHONY: test
-test: style types imports pytest
+test: style types imports pytest test-mmseg test-slurm
 	@echo "All checks passed."
 
 .PHONY: lint
@@ -106,6 +125,11 @@ pytest: $(DEV_STAMP)
 	@echo "== Tests (pytest)"
 	@$(PYTEST) -n 2 -m "not gpu and not slow and not slurm"
 
+.PHONY: test-mmseg
+test-mmseg: $(MMSEG_STAMP)
+	@echo "== Tests on mmsegmentation (pytest)"
+	@$(ONE_THREAD) $(MMSEG_PY) -m pytest -q tests/integration/test_eval_segmentation_mmseg.py
+
 .PHONY: test-slow
 test-slow: $(DEV_STAMP)
 	@$(PYTEST) -m "slow and not gpu and not slurm"
@@ -116,7 +140,8 @@ test-gpu: $(DEV_STAMP)
 
 .PHONY: test-slurm
 test-slurm: $(DEV_STAMP)
-	@$(PYTEST) -m slurm
+	@echo "== Jobs of SLURM (pytest; skipped where none answers: docs/slurm.md)"
+	@$(PYTEST) -m slurm tests/integration/test_slurm.py
 
 .PHONY: bench
 bench: $(RUN_STAMP)

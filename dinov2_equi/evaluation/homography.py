@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
 from dinov2_equi.data.datasets.base import ImageDataset
+from dinov2_equi.data.restarting_loader import RestartingLoader
 from dinov2_equi.data.signals import start_worker
 from dinov2_equi.distributed.collectives import (
     all_reduce_mean,
@@ -240,7 +241,7 @@ def fit_homography(
     return measure_homography(net, test, losses, device=device, num_workers=num_workers)
 
 
-def _loader(train: ImageDataset, settings: HomographySettings, start: int, num_workers: int) -> DataLoader[Pair]:
+def _loader(train: ImageDataset, settings: HomographySettings, start: int, num_workers: int) -> RestartingLoader[Pair]:
     """Return the batches of this process from a step on."""
     pairs = HomographyPairs(
         train, settings.pairs, length=settings.steps * settings.batch_size, stream=TRAIN_STREAM, seed=settings.seed

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
+from dinov2_equi.data.restarting_loader import RestartingLoader
 from dinov2_equi.data.samplers import PositionSampler
 from dinov2_equi.data.signals import start_worker
 from dinov2_equi.distributed.env import get_rank, get_world_size, share_of_batch
@@ -20,8 +21,8 @@ def step_loader(
     num_steps: int,
     num_workers: int = 0,
     collate: Callable[[list[Any]], Any] | None = None,
-) -> DataLoader[Any]:
-    """Return the batches of this process from a step to the end.
+) -> RestartingLoader[Any]:
+    """Return the batches of this process from a step to the end; its processes end with the first error.
 
     Args:
         samples: by position in the training.
@@ -31,13 +32,17 @@ def step_loader(
         num_workers: processes that load samples.
         collate: makes a batch of samples; None: torch's own.
     """
-    sampler = PositionSampler(
-        batch_size=share_of_batch(batch_size),
-        start_step=start_step,
-        num_steps=num_steps - start_step,
-        rank=get_rank(),
-        world_size=get_world_size(),
-    )
-    return DataLoader(
-        samples, batch_sampler=sampler, num_workers=num_workers, collate_fn=collate, worker_init_fn=start_worker
-    )
+
+    def make_loader(first: int, count: int) -> DataLoader[Any]:
+        sampler = PositionSampler(
+            batch_size=share_of_batch(batch_size),
+            start_step=first,
+            num_steps=count,
+            rank=get_rank(),
+            world_size=get_world_size(),
+        )
+        return DataLoader(
+            samples, batch_sampler=sampler, num_workers=num_workers, collate_fn=collate, worker_init_fn=start_worker
+        )
+
+    return RestartingLoader(make_loader, start_step=start_step, num_steps=num_steps - start_step)

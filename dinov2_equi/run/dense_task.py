@@ -60,6 +60,7 @@ class TaskRun(Generic[SettingsT, DataT, ModelT]):
     """One training of a task.
 
     Attributes:
+        name: of the backbone.
         args: the command line.
         settings: the recipe.
         model: what is trained.
@@ -67,6 +68,7 @@ class TaskRun(Generic[SettingsT, DataT, ModelT]):
         identity: what the training depends on.
     """
 
+    name: str
     args: argparse.Namespace
     settings: SettingsT
     model: ModelT
@@ -162,7 +164,13 @@ class DenseTask(ABC, Generic[SettingsT, DataT, ModelT]):
 AnyTask = DenseTask[Any, Any, Any]
 
 
-def run_dense_task(task: AnyTask, description: str | None, script: Path, argv: Sequence[str] | None) -> int:
+def run_dense_task(
+    task: AnyTask,
+    description: str | None,
+    script: Path,
+    argv: Sequence[str] | None,
+    command: Callable[[AnyTask, argparse.Namespace], str] | None = None,
+) -> int:
     """Run the command of a task and return its exit code; a fault of the input ends in one line on stderr.
 
     Args:
@@ -170,10 +178,11 @@ def run_dense_task(task: AnyTask, description: str | None, script: Path, argv: S
         description: of the script, as its docstring.
         script: its file.
         argv: the words of the command; None: those of this process.
+        command: trains, measures, writes and returns the table as text; None: `train_and_measure`.
     """
 
     def here(args: argparse.Namespace) -> int:
-        shown = train_and_measure(task, args)
+        shown = (command or train_and_measure)(task, args)
         if is_main_process():
             print(shown)
             print(f"written: {args.output / RESULTS_FILE}, {args.output / PICTURE_FILE}")
@@ -234,13 +243,11 @@ def train_and_measure(task: AnyTask, args: argparse.Namespace) -> str:
     train_set, val = task.load_data(args)
     backbone = load_eval_model(args.weights, seed=settings.seed).to(args.device)
     check_photographs(backbone)
-    facts = task.facts(train_set)
-    names = [train_set.name(index) for index in range(len(train_set))]
-    identity = training_identity(args, backbone, dataclasses.asdict(settings) | facts, names)
+    identity = identity_of(task, args, backbone, settings, train_set)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = task.build(backbone, settings, train_set).to(args.device)
-    run = TaskRun(args, settings, model, val, identity)
+    run = TaskRun(backbone.name, args, settings, model, val, identity)
     setup_logging(args.output, get_rank())
     with explained_memory(task.memory_advice(settings)), StopRequest().listening() as stop:
         history = _train(task, run, train_set, stop)
@@ -255,18 +262,41 @@ def train_and_measure(task: AnyTask, args: argparse.Namespace) -> str:
         _stop_if_asked(largest_of_ranks(stop.signal, args.device), settings.steps)
         found |= task.baselines(train_set, val, args.device)
     if is_main_process():
-        losses = loss_curve(history)
-        recipe = {"num_train_images": len(train_set), "recipe": dataclasses.asdict(settings)}
-        write_results(
-            args.output / RESULTS_FILE,
-            {backbone.name: found | task.about_training(run, found, losses) | {"train_loss": losses}},
-            task=task.name,
-            seed=settings.seed,
-            settings=launch.described(args) | recipe | facts,
-        )
-        (args.output / PICTURE_FILE).write_bytes(figure_png(task.figure(run)))
+        write_outputs(task, run, train_set, found, history)
     wait_for_all_ranks()
     return task.table(backbone.name, found)
+
+
+def write_outputs(
+    task: AnyTask, run: TaskRun[Any, Any, Any], train_set: Any, found: Mapping[str, Any], history: Sequence[float]
+) -> None:
+    """Write results and picture of a training.
+
+    Args:
+        task: what was trained and measured.
+        run: the training, done.
+        train_set: images that were trained on.
+        found: what was measured after it.
+        history: the loss of every step.
+    """
+    args, settings, losses = run.args, run.settings, loss_curve(history)
+    recipe = {"num_train_images": len(train_set), "recipe": dataclasses.asdict(settings)}
+    write_results(
+        args.output / RESULTS_FILE,
+        {run.name: {**found, **task.about_training(run, found, losses), "train_loss": losses}},
+        task=task.name,
+        seed=settings.seed,
+        settings=launch.described(args) | recipe | task.facts(train_set),
+    )
+    (args.output / PICTURE_FILE).write_bytes(figure_png(task.figure(run)))
+
+
+def identity_of(
+    task: AnyTask, args: argparse.Namespace, backbone: EvalModel, settings: Any, train_set: Any
+) -> dict[str, Any]:
+    """Return the `training_identity` of a task."""
+    names = [train_set.name(index) for index in range(len(train_set))]
+    return training_identity(args, backbone, dataclasses.asdict(settings) | task.facts(train_set), names)
 
 
 def _train(task: AnyTask, run: TaskRun[Any, Any, Any], train_set: Any, stop: StopRequest) -> list[float]:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
-import os
+import shlex
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,18 +20,14 @@ from dinov2_equi.config.schema import Config
 from dinov2_equi.distributed.env import get_world_size, is_main_process
 from dinov2_equi.distributed.setup import Launch, process_group, read_launch
 from dinov2_equi.logging.progress import TrainingProgress, training_progress
-from dinov2_equi.run.command import EXIT_DONE, EXIT_STOPPED, check_device, run_command
+from dinov2_equi.run.command import EXIT_DONE, check_device, run_command
+from dinov2_equi.run.job import ROOT, CommandJob
 
-ROOT = Path(__file__).resolve().parents[2]
 TRAIN_SCRIPT = Path("dinov2_equi/run/train.py")
 FOLDER = "slurm"
 """In the run's folder: logs of the job, the code that it runs, and its configuration."""
 CODE, CONFIG = "code", "config.yaml"
-SIGNAL_DELAY_S = 120
-"""How long before the end of its time a job is told: long enough for a step and a checkpoint."""
-_FIRST_PORT, _NUM_PORTS = 20000, 20000
-_KILLED_WITHIN_S = 300
-_SIZES = ("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "partition", "time")
+_SIZES = ("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "partition", "time", "signal_delay")
 ARGUMENTS = ("launcher", *_SIZES, "slurm")
 """Names of what `add_arguments` adds: how a command is started, and nothing of what it finds."""
 _NOT_DESCRIBED = ("output", "set", "config", *ARGUMENTS)
@@ -51,6 +44,8 @@ class Allocation:
         cpus_per_task: cores of each process, for its loaders; None leaves it to the cluster.
         time: as sbatch takes it, for instance `3-00:00:00`; None leaves it to the cluster.
         partition: where; None leaves it to the cluster.
+        signal_delay_s: how long before the end of its time a job is told, in seconds (SLURM may tell it a minute
+            earlier): long enough for a step and a checkpoint.
         further: other options of sbatch by their long names, for instance `{"account": "vision"}`.
     """
 
@@ -60,6 +55,7 @@ class Allocation:
     cpus_per_task: int | None = None
     time: str | None = None
     partition: str | None = None
+    signal_delay_s: int = 120
     further: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -75,6 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cpus-per-task", type=int, metavar="N", help="cores of each process")
     add("--partition", metavar="NAME")
     add("--time", metavar="TIME", help="for instance 3-00:00:00; a run that needs more is queued again and goes on")
+    delay = f"how long before the end of its time a job saves (default: {Allocation.signal_delay_s})"
+    add("--signal-delay", type=int, metavar="SECONDS", help=delay)
     add("--slurm", nargs="+", default=[], metavar="option=value", help="other options of sbatch, e.g. account=vision")
 
 
@@ -92,7 +90,7 @@ def allocation_of(args: argparse.Namespace) -> Allocation:
     Raises:
         ValueError: if a number is below 1 or an option has no value.
     """
-    for name in ("nodes", "tasks_per_node", "cpus_per_task"):
+    for name in ("nodes", "tasks_per_node", "cpus_per_task", "signal_delay"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -107,6 +105,7 @@ def allocation_of(args: argparse.Namespace) -> Allocation:
         cpus_per_task=args.cpus_per_task,
         time=args.time,
         partition=args.partition,
+        signal_delay_s=args.signal_delay or Allocation.signal_delay_s,
         further=further,
     )
 
@@ -244,6 +243,7 @@ def _copy_code(target: Path, script: Path) -> None:
 
 def _parameters(allocation: Allocation, *, name: str, code: Path) -> dict[str, object]:
     """Return the parameters of submitit; what was not asked for is left to the cluster."""
+    quoted = shlex.quote(str(code))
     asked = {
         "nodes": allocation.nodes,
         "ntasks_per_node": allocation.tasks_per_node,
@@ -253,59 +253,8 @@ def _parameters(allocation: Allocation, *, name: str, code: Path) -> dict[str, o
         "partition": allocation.partition,
         "additional_parameters": {**allocation.further, "requeue": True},
         "job_name": name,
-        "signal_delay_s": SIGNAL_DELAY_S,
+        "signal_delay_s": allocation.signal_delay_s,
         "stderr_to_stdout": True,
-        "setup": [f'export PYTHONPATH="{code}"${{PYTHONPATH:+:$PYTHONPATH}}'],
+        "setup": [f"cd {quoted}", f"export PYTHONPATH={quoted}${{PYTHONPATH:+:$PYTHONPATH}}"],
     }
     return {key: value for key, value in asked.items() if value is not None}
-
-
-class CommandJob:
-    """A command as one task of a SLURM job.
-
-    Attributes:
-        script: its file, below the root of the code.
-        arguments: its words.
-    """
-
-    def __init__(self, script: Path, arguments: Sequence[str]) -> None:
-        self.script = script
-        self.arguments = [*arguments, "--launcher", "inline"]
-
-    def __call__(self) -> None:
-        """Run the command; where a signal stopped it, queue the job again.
-
-        Raises:
-            SystemExit: with the exit code of the command where that is not 0.
-        """
-        import submitit
-
-        job = submitit.JobEnvironment()
-        os.environ |= {
-            "WORLD_SIZE": str(job.num_tasks),
-            "RANK": str(job.global_rank),
-            "LOCAL_RANK": str(job.local_rank),
-            "LOCAL_WORLD_SIZE": str(job.num_tasks // job.num_nodes),
-            "MASTER_ADDR": job.hostnames[0],
-            "MASTER_PORT": str(_FIRST_PORT + int(job.raw_job_id) % _NUM_PORTS),
-        }
-        code = _main_of(ROOT / self.script)(self.arguments)
-        if code == EXIT_STOPPED:
-            if job.global_rank == 0:
-                sys.stdout.write(f"queueing job {job.raw_job_id} again\n")
-                subprocess.run(["scontrol", "requeue", job.raw_job_id], check=True)
-            time.sleep(_KILLED_WITHIN_S)  # a task that ended would be taken for the end of the job
-        if code:
-            raise SystemExit(code)
-
-
-def _main_of(script: Path) -> Callable[[Sequence[str]], int]:
-    """Return the function `main` of a script; scripts of `eval/` are files and no modules."""
-    name = "command_" + "_".join(script.with_suffix("").parts[-3:])
-    spec = importlib.util.spec_from_file_location(name, script)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # data classes look their module up
-    spec.loader.exec_module(module)
-    main: Callable[[Sequence[str]], int] = module.main
-    return main

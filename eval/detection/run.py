@@ -136,7 +136,7 @@ class DetectionTask(DenseTask[DetectionSettings, DetectionSet, DetectionModel]):
     def about_training(self, run: DetectionRun, found: Mapping[str, Any], losses: Mapping[str, Any]) -> dict[str, Any]:
         """Return the precision against steps, and draw it."""
         columns = curve_of(run).columns(last=curve_numbers(found))
-        figure = measured_figure(columns, losses, title=f"{run.args.weights}, {run.settings.detector}")
+        figure = measured_figure(columns, losses, title=f"{run.name}, {run.settings.detector}")
         (run.args.output / CURVE_PICTURE).write_bytes(figure_png(figure))
         return {"curve": columns}
 

@@ -5,7 +5,8 @@ r"""How well the class of every pixel can be read from a backbone: train a linea
     python eval/segmentation/run.py --weights hub:dinov2_vits14 --data ADE --layout ade20k --set head=multiscale
     python eval/segmentation/run.py --weights random:vit_small/14 --data FOLDER --set steps=500 resize=224 crop=224
 
-FOLDER holds images/ and annotations/ with PNGs of class numbers, 255 for none.
+FOLDER holds images/ and annotations/ with PNGs of class numbers, 255 for none. With `--framework mmseg` (needs
+eval/segmentation/requirements.txt) mmsegmentation trains and predicts; its heads are linear, multiscale and upernet.
 Writes `results.json`, `predictions.png` and checkpoints; the same command goes on where it was stopped.
 """
 
@@ -36,9 +37,10 @@ from dinov2_equi.evaluation.dense.segmentation import (
 )
 from dinov2_equi.evaluation.dense.training import Losses
 from dinov2_equi.evaluation.eval_model import EvalModel
-from dinov2_equi.run.dense_task import DenseTask, TaskRun, run_dense_task
+from dinov2_equi.run.dense_task import AnyTask, DenseTask, TaskRun, run_dense_task
+from eval.segmentation.mmseg_settings import MmsegSettings
 
-FRAMEWORKS = ("torch",)
+TORCH, MMSEG = "torch", "mmseg"
 
 SegmentationRun = TaskRun[SegmentationSettings, SegmentationSet, SegmentationModel]
 
@@ -53,7 +55,7 @@ class SegmentationTask(DenseTask[SegmentationSettings, SegmentationSet, Segmenta
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Add the framework, and what can be said of the label images."""
         add = parser.add_argument
-        add("--framework", choices=FRAMEWORKS, default="torch", help="what trains and predicts (default: torch)")
+        add_framework(parser)
         add("--num-classes", type=int, default=0, metavar="N", help="of a folder without classes.txt (default: found)")
         add("--ignore", type=int, nargs="*", default=[], metavar="VALUE", help="no class in a folder, beside 255")
 
@@ -109,9 +111,53 @@ class SegmentationTask(DenseTask[SegmentationSettings, SegmentationSet, Segmenta
         )
 
 
+class MmsegTask(SegmentationTask):
+    """The class of every pixel, by mmsegmentation."""
+
+    settings = MmsegSettings
+
+    def check_libraries(self, args: argparse.Namespace) -> None:
+        """Refuse to begin without mmsegmentation.
+
+        Raises:
+            ImportError: says how to install it.
+        """
+        try:
+            from eval.segmentation import mmseg_run  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"--framework mmseg: {error}; install it by pip install -r eval/segmentation/requirements.txt, or take "
+                "--framework torch"
+            ) from error
+
+
+TASKS: dict[str, SegmentationTask] = {TORCH: SegmentationTask(), MMSEG: MmsegTask()}
+
+
+def add_framework(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that names what trains and predicts."""
+    text = f"what trains and predicts (default: {TORCH}); each lists its settings with --help"
+    parser.add_argument("--framework", choices=tuple(TASKS), default=TORCH, help=text)
+
+
+def train_and_measure_by_mmseg(task: AnyTask, args: argparse.Namespace) -> str:
+    """Do what `train_and_measure` does by mmsegmentation, which is imported for nothing else."""
+    task.check_libraries(args)
+    from eval.segmentation.mmseg_run import run_mmseg
+
+    return run_mmseg(task, args)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the harness; a fault of the input ends in one line on stderr and exit code 2."""
-    return run_dense_task(SegmentationTask(), __doc__, Path(__file__), argv)
+    first = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    add_framework(first)
+    try:
+        framework = first.parse_known_args(argv)[0].framework
+    except argparse.ArgumentError:
+        framework = TORCH  # whose parser says what is wrong
+    command = train_and_measure_by_mmseg if framework == MMSEG else None
+    return run_dense_task(TASKS[framework], __doc__, Path(__file__), argv, command)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -78,6 +80,19 @@ def test_wrong_input_gives_a_traceback(
     assert_refused(script, ["--weights", "random:vit_test_tiny/8", *given, "--output", str(tmp_path / "out")], message)
 
 
+def test_missing_packages_give_a_traceback(
+    script: ModuleType,
+    folder: Path,
+    tmp_path: Path,
+    assert_refused: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "mmengine.config", None)
+    monkeypatch.delitem(sys.modules, "eval.segmentation.mmseg_run", raising=False)
+    words = ("--framework", "mmseg", *TINY, *RECIPE, "--data", str(folder), "--output", str(tmp_path / "out"))
+    assert_refused(script, words, "pip install -r eval/segmentation/requirements.txt, or take --framework torch")
+
+
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_broken_image_gives_a_traceback_or_no_name(
     tmp_path: Path, script: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str], workers: str
@@ -90,9 +105,12 @@ def test_broken_image_gives_a_traceback_or_no_name(
     assert script.main([*words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: cannot read the image ") and error.count("\n") == 1
+    assert multiprocessing.active_children() == []  # this process would wait for them at its end
 
 
 @pytest.mark.parametrize("path", sorted((SCRIPT.parent / "configs").iterdir()), ids=lambda path: path.name)
 def test_config_beside_the_script_is_refused(script: ModuleType, path: Path) -> None:
-    read_settings(script.SegmentationSettings, path, []).check()
-    assert path.read_text().startswith("# Purpose   ")
+    text = path.read_text()
+    framework = script.MMSEG if "--framework mmseg" in text else script.TORCH
+    read_settings(script.TASKS[framework].settings, path, []).check()
+    assert text.startswith("# Purpose   ")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import functools
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -31,6 +33,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="needs fork"),
 ]
 CPU = torch.device("cpu")
+REPOSITORY = Path(__file__).resolve().parents[2]
 MakeConfig = Callable[..., Config]
 SMALL = ("ibot.separate_head=true", "equi.decoder.width=32", "train.OFFICIAL_EPOCH_LENGTH=1")
 
@@ -129,6 +132,45 @@ def test_a_sharded_start_draws_other_weights(tmp_path: Path, cfg: Config) -> Non
     model = start(cfg).model
     sharded = read_checkpoint(folder / "step_00000000").tensors["model"]
     assert sha256_of_tensors(sharded) == sha256_of_tensors(model.state_dict())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_what_ranks_saved_cannot_be_exported(
+    world_size: int, saved_on: Callable[[int], Path], load_script: Callable[[Path], ModuleType], tmp_path: Path
+) -> None:
+    script = load_script(REPOSITORY / "scripts" / "export_checkpoint.py")
+    path = saved_on(world_size) / "step_00000002"
+    assert script.main([str(path), "--output", str(tmp_path)]) == 0
+    parts = [load_file(file) for file in sorted(path.glob("model*.safetensors"))]
+    assert len(parts) == world_size
+    names = {name for part in parts for name in part if name.startswith("teacher.")}
+    exported = torch.load(tmp_path / "teacher_checkpoint.pth", weights_only=True)["teacher"]
+    backbone = load_file(tmp_path / "teacher_backbone.safetensors")
+    assert {name.removeprefix("teacher.") for name in names} <= exported.keys()
+    for name in names:
+        rows = torch.cat(
+            [part[name] for part in parts if name in part]
+        )  # each rank holds the rows after the last one's
+        assert torch.equal(exported[name.removeprefix("teacher.")], rows), name
+    for name, tensor in backbone.items():
+        assert torch.equal(exported[f"backbone.{name}"], tensor), name
+
+
+def test_the_damage_of_one_rank_is_exported(
+    saved_on: Callable[[int], Path],
+    load_script: Callable[[Path], ModuleType],
+    tmp_path: Path,
+    assert_refused: Callable[..., None],
+) -> None:
+    script = load_script(REPOSITORY / "scripts" / "export_checkpoint.py")
+    path = Path(shutil.copytree(saved_on(2) / "step_00000002", tmp_path / "step_00000002"))
+    with (path / "model-00001-of-00002.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
+    assert_refused(script, [str(path), "--output", str(tmp_path / "out")], "is damaged")
+    assert not (tmp_path / "out").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------- damage

@@ -1,8 +1,13 @@
-"""A training and a harness as jobs of a real SLURM: two tasks, stopped by a signal, queued again, finished."""
+"""A training and a harness as jobs of a real SLURM: stopped by a signal and by the time limit, queued again, finished.
+
+`scripts/slurm_dev_cluster.sh start` gives one.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -17,17 +22,35 @@ from dinov2_equi.fsdp.checkpoint import CheckpointStore
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIN = REPOSITORY / "dinov2_equi" / "run" / "train.py"
+DEBUG = ("--config-file", str(REPOSITORY / "configs" / "debug_cpu.yaml"))
 LEAN = ("logging.report=false", "logging.tensorboard=false", "evaluation.probe=false")
-PATIENCE_S = 420  # SLURM waits two minutes before it starts a job again
+STEPS = 600
+LONG = (f"optim.epochs={STEPS // 10}", "train.batch_size_per_gpu=2", "train.checkpoint_every_steps=100000", *LEAN)
+"""Longer than SLURM takes to look at time limits, which it does every 30 seconds; saved only when it is stopped."""
+PATIENCE_S = 420  # with SLURM's own settings two minutes go by before a job starts again
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(PATIENCE_S + 120)]
+
+
+def is_answering() -> bool:
+    if shutil.which("sinfo") is None:
+        return False
+    return subprocess.run(["timeout", "20", "sinfo"], capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def slurm() -> None:
+    """Skip where no SLURM answers, unless REQUIRE_SLURM is set: what should run must not be skipped unseen."""
+    if not is_answering():
+        assert not os.environ.get("REQUIRE_SLURM"), "REQUIRE_SLURM is set, but sinfo gets no answer"
+        pytest.skip("no SLURM answers; `scripts/slurm_dev_cluster.sh start` starts one")
 
 
 def wait_until(holds: Callable[[], object], what: str) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not holds():
         assert time.monotonic() < deadline, f"not within {PATIENCE_S} s: {what}"
-        time.sleep(1)
+        time.sleep(0.2)
 
 
 def num_steps(folder: Path) -> int:
@@ -35,23 +58,65 @@ def num_steps(folder: Path) -> int:
     return len(log.read_text().splitlines()) if log.is_file() else 0
 
 
-def test_a_job_that_is_told_to_end_loses_steps_or_is_not_started_again(tmp_path: Path) -> None:
-    words = ["optim.epochs=40", "train.batch_size_per_gpu=2", "logging.metrics_every_steps=1", *LEAN]
-    command = [sys.executable, str(TRAIN), "--config-file", str(REPOSITORY / "configs" / "debug_cpu.yaml")]
-    command += ["--output-dir", str(tmp_path / "run"), "--tasks-per-node", "2", "--time", "10", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = re.search(r"job (\d+) was submitted", done.stdout)
-    assert found is not None, done.stdout
-    job, run = found[1], tmp_path / "run"
-    wait_until(lambda: num_steps(run) > 20, "twenty steps")
-    subprocess.run(["scancel", "--signal=USR2", job], check=True)
-    store = CheckpointStore(run / "checkpoints", read_only=True)
-    wait_until(lambda: store.latest_step() not in (None, *range(0, 401, 30)), "a checkpoint between two periods")
-    stopped_after = store.latest_step()
-    wait_until(lambda: (run / "results.json").is_file(), "the end of the run")
+def submit(script: Path, *words: str) -> list[str]:
+    """Submit a command and return the numbers of its jobs."""
+    done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return re.findall(r"job ([\d_]+) was submitted", done.stdout)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, fingerprint: Callable[..., str]) -> str:
+    """Return the hash of the final state of the run on two processes of this machine, in one go."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launcher, str(TRAIN), *DEBUG, "--output-dir", str(folder), *LONG], check=True)
+    assert "resumed" not in (folder / "logs" / "log.txt").read_text()
+    return fingerprint(folder, STEPS)
+
+
+def assert_goes_on_to_the_end(run: Path, job: str, expected: str, fingerprint: Callable[..., str]) -> None:
+    """Wait for the end of a run that was stopped on its way and compare the state it ends with."""
+    wait_until((run / "results.json").is_file, "the end of the run")
     log = (run / "slurm" / f"{job}_0_log.out").read_text()
+    assert f"queueing job {job} again" in log and "2 processes" in log
+    assert "resumed after step" in (run / "logs" / "log.txt").read_text()
+    assert fingerprint(run, STEPS) == expected
+
+
+def test_a_job_that_is_told_to_end_loses_steps_or_goes_on_with_other_code(
+    tmp_path: Path, uninterrupted: str, fingerprint: Callable[..., str]
+) -> None:
+    run = tmp_path / "run"
+    (job,) = submit(TRAIN, *DEBUG, "--output-dir", str(run), "--nodes", "2", "--time", "30", *LONG)
+    wait_until(lambda: num_steps(run) > 20, "twenty steps")
+    subprocess.run(["scancel", "--signal=USR1", job], check=True)
+    store = CheckpointStore(run / "checkpoints", read_only=True)
+    wait_until(lambda: store.latest_step() is not None, "the checkpoint of the stop")
+    stopped_after = store.latest_step()
+    assert stopped_after is not None and 20 < stopped_after < STEPS
+    # Only the copy says so, and only from here on: it is what runs, and it is not made again.
+    with (run / "slurm" / "code" / "dinov2_equi" / "run" / "train.py").open("a") as script:
+        script.write("\nsys.stdout.write('the copy of the code runs\\n')\n")
+    assert_goes_on_to_the_end(run, job, uninterrupted, fingerprint)
     assert f"resumed after step {stopped_after}" in (run / "logs" / "log.txt").read_text()
-    assert "2 processes" in log
+    log = (run / "slurm" / f"{job}_0_log.out").read_text()
+    assert log.index("the copy of the code runs") > log.index(f"queueing job {job} again")
+
+
+def test_a_job_whose_time_ends_loses_steps_or_is_not_started_again(
+    tmp_path: Path, uninterrupted: str, fingerprint: Callable[..., str]
+) -> None:
+    run = tmp_path / "run"
+    # SLURM knows whole minutes, looks twice in one and tells a job half a minute earlier than asked: here at once.
+    limits = ("--tasks-per-node", "2", "--time", "1", "--signal-delay", "40")
+    (job,) = submit(TRAIN, *DEBUG, "--output-dir", str(run), *limits, *LONG)
+    store = CheckpointStore(run / "checkpoints", read_only=True)
+    wait_until(lambda: store.latest_step() is not None, "the checkpoint of the stop")
+    assert store.latest_step() != STEPS, "the run was over before SLURM looked at its time: raise STEPS"
+    subprocess.run(["scontrol", "update", f"JobId={job}", "TimeLimit=30"], check=True)  # one stop is enough
+    assert_goes_on_to_the_end(run, job, uninterrupted, fingerprint)
+    assert "SIGUSR2: finishing this step" in (run / "slurm" / f"{job}_0_log.out").read_text()
 
 
 def test_a_harness_that_is_told_to_end_loses_steps_or_is_not_started_again(tmp_path: Path) -> None:
@@ -62,26 +127,13 @@ def test_a_harness_that_is_told_to_end_loses_steps_or_is_not_started_again(tmp_p
         Image.fromarray(rng.integers(0, 255, (24, 32, 3), dtype=np.uint8)).save(tmp_path / f"images/{number}.png")
         Image.fromarray(rng.integers(1000, 4000, (24, 32), dtype=np.uint16)).save(tmp_path / f"depth/{number}.png")
     run, steps = tmp_path / "run", 1500
-    command = [sys.executable, str(REPOSITORY / "eval" / "depth" / "run.py"), "--weights", "random:vit_test_tiny/8"]
-    command += [
-        "--device",
-        "cpu",
-        "--data",
-        str(tmp_path),
-        "--output",
-        str(run),
-        "--tasks-per-node",
-        "2",
-        "--time",
-        "10",
-    ]
-    command += ["--set", f"steps={steps}", "warmup_steps=1", "batch_size=4", "height=24", "width=32", "save_every=5000"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = re.search(r"job (\d+) was submitted", done.stdout)
-    assert found is not None, done.stdout
+    sizes = [f"steps={steps}", "warmup_steps=1", "batch_size=4", "height=24", "width=32", "save_every=5000"]
+    words = ["--weights", "random:vit_test_tiny/8", "--device", "cpu", "--data", str(tmp_path), "--output", str(run)]
+    script = REPOSITORY / "eval" / "depth" / "run.py"
+    (job,) = submit(script, *words, "--tasks-per-node", "2", "--time", "10", "--set", *sizes)
     log = run / "logs" / "log.txt"
     wait_until(lambda: log.is_file() and f"/{steps}" in log.read_text(), "some steps")
-    subprocess.run(["scancel", "--signal=USR2", found[1]], check=True)
+    subprocess.run(["scancel", "--signal=USR2", job], check=True)
     store = CheckpointStore(run / "checkpoints", read_only=True)
     wait_until(lambda: store.latest_step() not in (None, steps), "a checkpoint on the way")
     wait_until(lambda: (run / "results.json").is_file(), "the end of the run")

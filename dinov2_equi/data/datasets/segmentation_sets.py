@@ -1,4 +1,4 @@
-"""Images with a class for every pixel: ADE20K, Pascal VOC 2012, CamVid, and any folder of pairs."""
+"""Images with a class for every pixel: ADE20K, Pascal VOC, Cityscapes, COCO-Stuff, CamVid, any folder of pairs."""
 
 from __future__ import annotations
 
@@ -23,6 +23,15 @@ from dinov2_equi.data.datasets.pairs import (
     read_label_image,
     read_lines,
 )
+from dinov2_equi.data.datasets.segmentation_classes import (
+    CAMVID_CLASSES,
+    CITYSCAPES_CLASSES,
+    CITYSCAPES_IGNORED,
+    CITYSCAPES_VALUES,
+    COCO_STUFF_CLASSES,
+    COCO_STUFF_VALUES,
+    VOC_CLASSES,
+)
 
 IGNORE = 255
 """Class number of pixels that count neither in training nor in the measurement."""
@@ -35,6 +44,7 @@ NAMES = PairNames(
 )
 CLASSES_FILE = "classes.txt"
 _MAX_CLASSES = 255
+_UNKNOWN = -1
 
 
 @dataclass(frozen=True)
@@ -45,13 +55,13 @@ class SegmentationSet:
         pairs: the files.
         classes: names of the classes, by their numbers.
         ignored: values of the label images that stand for no class, beside 255.
-        first_value: value of the label images that is class 0.
+        values: values of the label images that stand for the classes, ascending; empty: their numbers.
     """
 
     pairs: list[Pair]
     classes: tuple[str, ...]
     ignored: tuple[int, ...] = ()
-    first_value: int = 0
+    values: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -75,16 +85,27 @@ class SegmentationSet:
 
     def _classes_of(self, values: np.ndarray, path: Path) -> np.ndarray:
         """Return class numbers int64 [H, W] for the values of a label image."""
-        is_ignored = np.isin(values, (IGNORE, *self.ignored))
-        classes = np.where(is_ignored, 0, values.astype(np.int64) - self.first_value)
-        if classes.min() < 0 or classes.max() >= len(self.classes):
-            wrong = np.unique(values[(classes < 0) | (classes >= len(self.classes))])
-            last = self.first_value + len(self.classes) - 1
+        known = self.values or tuple(range(len(self.classes)))
+        ignored = (IGNORE, *(value for value in self.ignored if value >= 0))
+        last = max(*known, *ignored) + 1  # stands for all values above
+        table = np.full(last + 1, _UNKNOWN)
+        table[list(known)] = np.arange(len(known))
+        table[list(ignored)] = IGNORE
+        classes: np.ndarray = table[np.where((values < 0) | (values > last), last, values)]
+        if classes.min() == _UNKNOWN:
+            wrong = np.unique(values[classes == _UNKNOWN])
             raise DatasetError(
-                f"{path} holds the values {', '.join(map(str, wrong[:5]))}, expected {self.first_value} to {last} for "
-                f"the {len(self.classes)} classes, or {', '.join(map(str, (IGNORE, *self.ignored)))} for none"
+                f"{path} holds the values {', '.join(map(str, wrong[:5]))}, expected {_ranges(known)} for the "
+                f"{len(self.classes)} classes, or {', '.join(map(str, ignored))} for none"
             )
-        return np.where(is_ignored, IGNORE, classes)
+        return classes
+
+
+def _ranges(values: Sequence[int]) -> str:
+    """Return ascending numbers in words: `0 to 3, 5, 8 to 9`."""
+    breaks = [index for index in range(1, len(values)) if values[index] != values[index - 1] + 1]
+    runs = [values[start:end] for start, end in zip([0, *breaks], [*breaks, len(values)], strict=True)]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
 
 
 def segmentation_folder(
@@ -122,9 +143,6 @@ def _numbered(count: int) -> tuple[str, ...]:
     return tuple(f"class {number}" for number in range(count))
 
 
-CAMVID_CLASSES = (
-    "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
-)  # fmt: skip
 _CAMVID_VOID = 11
 _CAMVID_HELP = (
     "CamVid must lie as images/{train,val} with annotations/{train,val}, or as train/, trainannot/, val/, valannot/, "
@@ -149,10 +167,6 @@ def camvid(root: Path, split: str) -> SegmentationSet:
     return SegmentationSet(check_exist(pairs, "CamVid"), CAMVID_CLASSES, ignored=(_CAMVID_VOID,))
 
 
-VOC_CLASSES = (
-    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table",
-    "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv/monitor",
-)  # fmt: skip
 _VOC_HELP = (
     "Pascal VOC 2012 must lie as JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/{train,val}.txt, in the "
     "folder, in VOC2012/ or in VOCdevkit/VOC2012/; get it at http://host.robots.ox.ac.uk/pascal/VOC/voc2012. With "
@@ -206,7 +220,58 @@ def ade20k(root: Path, split: str) -> SegmentationSet:
         classes = tuple(row.split("\t")[-1].split(",")[0].strip() for row in rows)
     if len(classes) != _ADE_CLASSES:
         raise DatasetError(f"expected {_ADE_CLASSES} classes below the heading of {table}, got {len(classes)}")
-    return SegmentationSet(pairs, classes, ignored=(0,), first_value=1)
+    return SegmentationSet(pairs, classes, ignored=(0,), values=tuple(range(1, _ADE_CLASSES + 1)))
+
+
+_CITYSCAPES_HELP = (
+    "Cityscapes must lie as leftImg8bit/{train,val}/CITY/*_leftImg8bit.png with "
+    "gtFine/{train,val}/CITY/*_gtFine_labelIds.png; get it at https://www.cityscapes-dataset.com"
+)
+_CITYSCAPES_IMAGE, _CITYSCAPES_LABEL = "_leftImg8bit.png", "_gtFine_labelIds.png"
+
+
+def cityscapes(root: Path, split: str) -> SegmentationSet:
+    """Return Cityscapes with its 19 evaluated classes: 2,975 finely labelled images to train on, 500 to validate.
+
+    Raises:
+        DatasetError: it does not lie there; says how it must lie and where to get it.
+    """
+    images, labels = root / "leftImg8bit" / split, root / "gtFine" / split
+    paths = sorted(images.glob(f"*/*{_CITYSCAPES_IMAGE}"))
+    if not paths:
+        raise DatasetError(f"looked for {images}/*/*{_CITYSCAPES_IMAGE}. {_CITYSCAPES_HELP}")
+    pairs = (
+        Pair(path, labels / path.parent.name / path.name.replace(_CITYSCAPES_IMAGE, _CITYSCAPES_LABEL))
+        for path in paths
+    )
+    found = check_exist(pairs, f"Cityscapes, {split}")
+    return SegmentationSet(found, CITYSCAPES_CLASSES, ignored=CITYSCAPES_IGNORED, values=CITYSCAPES_VALUES)
+
+
+_COCO_STUFF_HELP = (
+    "COCO-Stuff 164k must lie as {train2017,val2017}/*.jpg, also in images/, with {train2017,val2017}/*.png in "
+    "annotations/, stuffthingmaps/ or stuffthingmaps_trainval2017/; get it at "
+    "https://github.com/nightrome/cocostuff (train2017.zip, val2017.zip, stuffthingmaps_trainval2017.zip)"
+)
+_COCO_FOLDERS = {TRAIN: "train2017", VAL: "val2017"}
+
+
+def coco_stuff(root: Path, split: str) -> SegmentationSet:
+    """Return COCO-Stuff 164k with 171 classes: 118,287 images to train on, 5,000 to validate.
+
+    Raises:
+        DatasetError: it does not lie there; says how it must lie and where to get it.
+    """
+    folder = _COCO_FOLDERS[split]
+    image_folders = [root / "images" / folder, root / folder]
+    label_folders = [root / n / folder for n in ("annotations", "stuffthingmaps", "stuffthingmaps_trainval2017")]
+    images, labels = (next((p for p in places if p.is_dir()), None) for places in (image_folders, label_folders))
+    paths = sorted(images.glob("*.jpg")) if images is not None else []
+    if labels is None or not paths:
+        looked = " or ".join(map(str, image_folders if labels is not None else label_folders))
+        raise DatasetError(f"looked for {looked}. {_COCO_STUFF_HELP}")
+    pairs = check_exist((Pair(path, labels / f"{path.stem}.png") for path in paths), f"COCO-Stuff, {split}")
+    return SegmentationSet(pairs, COCO_STUFF_CLASSES, values=COCO_STUFF_VALUES)
 
 
 LAYOUTS: dict[str, Callable[[Path, str], SegmentationSet]] = {
@@ -214,6 +279,8 @@ LAYOUTS: dict[str, Callable[[Path, str], SegmentationSet]] = {
     "camvid": camvid,
     "voc": pascal_voc,
     "ade20k": ade20k,
+    "cityscapes": cityscapes,
+    "coco_stuff": coco_stuff,
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ class SegmentationSettings(LoopSettings):
     """What is trained, how, and how it is measured; with the attributes of `LoopSettings`.
 
     Attributes:
+        heads: names that `head` may have.
         head: linear (last block) or multiscale (last four blocks): batch norm and a linear layer.
         finetune: train the backbone too.
         resize: shorter side to which images are resized, pixels.
@@ -44,6 +45,7 @@ class SegmentationSettings(LoopSettings):
         flip_test: predict the mirrored image too.
     """
 
+    heads: ClassVar[tuple[str, ...]] = tuple(HEADS)
     head: str = LINEAR
     finetune: bool = False
     resize: int = 512
@@ -65,8 +67,8 @@ class SegmentationSettings(LoopSettings):
         Raises:
             ValueError: names them.
         """
-        if self.head not in HEADS:
-            raise ValueError(f"expected head to be one of {', '.join(HEADS)}, got {self.head!r}")
+        if self.head not in self.heads:
+            raise ValueError(f"expected head to be one of {', '.join(self.heads)}, got {self.head!r}")
         if self.resize < 1 or not 1 <= self.stride <= self.crop:
             raise ValueError(
                 f"expected resize >= 1 and 1 <= stride <= crop, got {self.resize}, {self.stride}, {self.crop}"
@@ -128,9 +130,7 @@ class SegmentationModel(nn.Module):
         size = image.shape[-2:]
         shares = torch.zeros((), device=device)
         for scale in settings.test_scales:
-            side = max(round(settings.resize * scale), 1)
-            resized = v2.functional.resize(image.to(device), [side], antialias=True)
-            batch = v2.functional.to_dtype(resized, torch.float32, scale=True)[None]
+            batch = resized_for_test(image.to(device), settings, scale)[None]
             for is_mirrored in (False, True) if settings.flip_test else (False,):
                 given = batch.flip(-1) if is_mirrored else batch
                 logits = sliding_window(self, given, window=settings.crop, stride=settings.stride)
@@ -138,6 +138,20 @@ class SegmentationModel(nn.Module):
                 full = F.interpolate(logits, size, mode="bilinear", align_corners=False)
                 shares = shares + full.softmax(dim=1)
         return shares.argmax(dim=1).cpu()
+
+
+def resized_for_test(image: Tensor, settings: SegmentationSettings, scale: float) -> Tensor:
+    """Return an image, uint8 [3, H, W], in the size at which it is predicted, [3, h, w] in [0, 1].
+
+    Args:
+        image: on any device.
+        settings: the shorter side.
+        scale: factor of it, one of the `test_scales`.
+    """
+    side = max(round(settings.resize * scale), 1)
+    resized = v2.functional.resize(image, [side], antialias=True)
+    scaled: Tensor = v2.functional.to_dtype(resized, torch.float32, scale=True)
+    return scaled
 
 
 class SegmentationSample(NamedTuple):

@@ -192,7 +192,7 @@ def train(
     store = CheckpointStore(folder / CHECKPOINTS, keep=2)
     wait_for_all_ranks()  # until the first one has cleared what a crash left
     device = next(module.parameters()).device
-    identity = json.loads(json.dumps(dict(identity) | {"loop": _what_counts(settings)}))  # as it comes back
+    identity = full_identity(identity, settings)
     history = _resume(store, module, backbone, optimizer, identity)
     start = len(history)
     module.train()
@@ -220,9 +220,58 @@ def train(
     return history
 
 
-def _what_counts(settings: LoopSettings) -> dict[str, Any]:
-    """Return the settings that change the weights."""
-    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in WITHOUT_EFFECT}
+def full_identity(identity: Mapping[str, Any], settings: LoopSettings) -> dict[str, Any]:
+    """Return what a training depends on with the settings that change the weights, as it comes back from JSON."""
+    loop = {name: value for name, value in dataclasses.asdict(settings).items() if name not in WITHOUT_EFFECT}
+    full: dict[str, Any] = json.loads(json.dumps(dict(identity) | {"loop": loop}))
+    return full
+
+
+def check_same_training(known: Mapping[str, Any], identity: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to go on with another training.
+
+    Args:
+        known: identity of the training in the folder.
+        identity: of this one.
+        folder: holds checkpoints.
+
+    Raises:
+        ValueError: names what differs.
+    """
+    differing = sorted(str(key) for key in known.keys() | identity.keys() if known.get(key) != identity.get(key))
+    if differing:
+        raise ValueError(
+            f"{folder} holds a training that differs in {', '.join(differing)}; give another --output, or remove that "
+            "folder"
+        )
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, settings: LoopSettings, step: int) -> None:
+    """Give the groups of an optimiser their learning rates in a step, counted from 0."""
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+        group["lr"] = group["initial_lr"] * settings.lr_factor(step)
+
+
+def step_seed(settings: LoopSettings, step: int) -> int:
+    """Return the seed of what this process draws in a step beside its samples: dropout, stochastic depth."""
+    entropy = (settings.seed, step, *([get_rank()] if get_rank() else []))
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+
+
+def check_finite(terms: Losses, step: int) -> None:
+    """Refuse a loss that is not finite.
+
+    Args:
+        terms: of the loss.
+        step: counted from 0.
+
+    Raises:
+        ValueError: names the step and the terms.
+    """
+    if not all(math.isfinite(float(term)) for term in terms.values()):
+        values = ", ".join(f"{name} {float(term):g}" for name, term in terms.items())
+        raise ValueError(f"the loss of step {step + 1} is not finite ({values}): lower lr, or look at the images")
 
 
 def _step(
@@ -233,19 +282,14 @@ def _step(
     step: int,
 ) -> Losses:
     """Make one step and return the terms of its loss, detached."""
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
-        group["lr"] = group["initial_lr"] * settings.lr_factor(step)
-    entropy = (settings.seed, step, *([get_rank()] if get_rank() else []))
+    set_learning_rates(optimizer, settings, step)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
+        torch.manual_seed(step_seed(settings, step))
         terms = loss_terms()
         loss = torch.stack(list(terms.values())).sum()
     means = all_reduce_mean(torch.stack([term.detach().float() for term in terms.values()]))
     found = dict(zip(terms, means, strict=True))
-    if not math.isfinite(math.fsum(means.tolist())):
-        values = ", ".join(f"{name} {float(term):g}" for name, term in found.items())
-        raise ValueError(f"the loss of step {step + 1} is not finite ({values}): lower lr, or look at the images")
+    check_finite(found, step)
     optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(loss)
     average_gradients_(module.parameters())
@@ -266,13 +310,7 @@ def _resume(
     if store.latest_step() is None:
         return []
     checkpoint = store.load()
-    known = checkpoint.state["identity"]
-    differing = sorted(str(key) for key in known.keys() | identity.keys() if known.get(key) != identity.get(key))
-    if differing:
-        raise ValueError(
-            f"{store.directory} holds a training that differs in {', '.join(differing)}; give another --output, or "
-            "remove that folder"
-        )
+    check_same_training(checkpoint.state["identity"], identity, store.directory)
     own = trained_state(module, backbone)
     found = checkpoint.tensors["model"]
     assert own.keys() == found.keys()  # the identity is the same

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ def test_inline_takes_options_of_slurm() -> None:
 
 def test_a_gpu_has_no_process_of_its_own() -> None:
     asked = parse("--nodes", "4", "--gpus-per-node", "8", "--time", "3-00:00:00", "--slurm", "account=x", "qos=y")
+    assert allocation_of(parse("--signal-delay", "600")) == Allocation(signal_delay_s=600)
     assert allocation_of(asked) == Allocation(
         nodes=4, tasks_per_node=8, gpus_per_node=8, time="3-00:00:00", further={"account": "x", "qos": "y"}
     )
@@ -83,7 +83,7 @@ def test_the_job_uses_what_is_edited_later_or_guesses_a_cluster(
     code = tmp_path / "slurm" / "code"
     assert (code / "dinov2_equi" / "run" / "train.py").is_file()
     asked = RecordingExecutor.parameters
-    assert str(code) in asked["setup"][0]
+    assert asked["setup"] == [f"cd {code}", f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}"]
     assert asked["additional_parameters"] == {"requeue": True}
     assert not {"partition", "time", "gpus_per_node", "cpus_per_task"} & asked.keys()
     arguments = RecordingExecutor.job.arguments
@@ -167,34 +167,3 @@ def test_a_process_has_the_device_of_another(monkeypatch: pytest.MonkeyPatch) ->
         launch.device_of("cuda:1", second)
     with pytest.raises(ValueError, match="--nproc-per-node 2"):
         launch.device_of("cuda", Launch(world_size=3, rank=2, local_rank=2))
-
-
-class FakeJob:
-    """Stands in for what submitit says of a task."""
-
-    num_tasks, num_nodes, global_rank, local_rank, hostnames, raw_job_id = 1, 1, 0, 0, ("localhost",), "17"
-
-
-@pytest.mark.parametrize(("code", "is_queued"), [(0, False), (2, False), (75, True)])
-def test_a_stopped_job_is_not_queued_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, is_queued: bool
-) -> None:
-    (tmp_path / "eval").mkdir()
-    text = f"def main(argv):\n    assert argv == ['--launcher', 'inline']\n    return {code}\n"
-    (tmp_path / "eval" / "run.py").write_text(text)
-    calls: list[list[str]] = []
-    monkeypatch.setattr(launch, "ROOT", tmp_path)
-    monkeypatch.setattr("submitit.JobEnvironment", FakeJob)
-    monkeypatch.setattr("subprocess.run", lambda words, check: calls.append(words))
-    monkeypatch.setattr("time.sleep", lambda _: None)
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "before")  # put back after the test
-    job = launch.CommandJob(Path("eval/run.py"), [])
-    if code:
-        with pytest.raises(SystemExit) as stopped:
-            job()
-        assert stopped.value.code == code
-    else:
-        job()
-    assert os.environ["MASTER_ADDR"] == "localhost"
-    assert calls == ([["scontrol", "requeue", "17"]] if is_queued else [])

@@ -1,4 +1,4 @@
-"""ADE20K, Pascal VOC and CamVid as they lie on disk, and class maps of any folder."""
+"""ADE20K, Pascal VOC, Cityscapes, COCO-Stuff and CamVid as they lie on disk, and class maps of any folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 
 from dinov2_equi.data.datasets.base import DatasetError
-from dinov2_equi.data.datasets.segmentation_sets import IGNORE, make_segmentation_set
+from dinov2_equi.data.datasets.pairs import Pair
+from dinov2_equi.data.datasets.segmentation_classes import CITYSCAPES_IGNORED, CITYSCAPES_VALUES
+from dinov2_equi.data.datasets.segmentation_sets import IGNORE, SegmentationSet, make_segmentation_set
 
 
 def write_pair(image: Path, label: Path, values: list[list[int]], mode: str = "L") -> None:
@@ -90,7 +92,53 @@ def test_ade20k_is_read_wrongly(tmp_path: Path) -> None:
     assert make_segmentation_set("ade20k", root, "train").classes[:2] == ("name 1", "name 2")
 
 
-@pytest.mark.parametrize("layout", ["camvid", "voc", "ade20k"])
+def test_cityscapes_is_read_wrongly(tmp_path: Path) -> None:
+    for split, city in (("train", "aachen"), ("val", "lindau")):
+        stem = f"{city}_000000_000019"
+        image = tmp_path / f"leftImg8bit/{split}/{city}/{stem}_leftImg8bit.png"
+        write_pair(image, tmp_path / f"gtFine/{split}/{city}/{stem}_gtFine_labelIds.png", [[0, 3, 7], [18, 19, 33]])
+    dataset = make_segmentation_set("cityscapes", tmp_path, "val")
+    assert dataset.load(0)[1].tolist() == [[[IGNORE, IGNORE, 0], [IGNORE, 6, 18]]]
+    assert dataset.classes[6] == "traffic light" and dataset.name(0).endswith("lindau_000000_000019_leftImg8bit.png")
+    label = tmp_path / "gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png"
+    Image.fromarray(np.array([[7, 34, 8]], np.uint8)).save(label)
+    Image.fromarray(np.zeros((1, 3, 3), np.uint8)).save(make_segmentation_set("cityscapes", tmp_path, "train").name(0))
+    with pytest.raises(DatasetError, match="holds the values 34, expected 7 to 8, 11 to 13, 17, 19 to 28, 31 to 33"):
+        make_segmentation_set("cityscapes", tmp_path, "train").load(0)
+
+
+def test_every_value_of_cityscapes_has_a_meaning() -> None:
+    assert sorted(CITYSCAPES_VALUES + CITYSCAPES_IGNORED) == list(range(34))
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [("images/", "annotations"), ("", "stuffthingmaps"), ("", "stuffthingmaps_trainval2017")],
+)
+def test_coco_stuff_is_read_wrongly(tmp_path: Path, images: str, labels: str) -> None:
+    (tmp_path / "annotations").mkdir()  # where the boxes lie
+    for split in ("train2017", "val2017"):
+        image, label = tmp_path / f"{images}{split}/000000000139.jpg", tmp_path / f"{labels}/{split}/000000000139.png"
+        write_pair(image, label, [[0, 10, 12], [181, 91, 255]])
+    dataset = make_segmentation_set("coco_stuff", tmp_path, "val")
+    assert dataset.load(0)[1].tolist() == [[[0, 10, 11], [170, 80, IGNORE]]]
+    names = [dataset.classes[number] for number in (0, 10, 11, 79, 80, 170)]
+    assert names == ["person", "fire hydrant", "stop sign", "toothbrush", "banner", "wood"]
+    assert len(dataset.classes) == len(dataset.values) == 171
+
+
+def test_value_above_or_below_all_classes_is_taken(tmp_path: Path) -> None:
+    write_pair(tmp_path / "images/1.png", tmp_path / "masks/1.png", [[0, 1]])
+    pair = Pair(tmp_path / "images/1.png", tmp_path / "masks/1.png")
+    for value in (2, 256, 257, 60000):
+        Image.fromarray(np.array([[0, value]], np.uint16)).save(pair.label)
+        with pytest.raises(DatasetError, match=f"holds the values {value}, expected 0 to 1 for the 2 classes"):
+            SegmentationSet([pair], ("dark", "bright"), ignored=(-1,)).load(0)
+        found = SegmentationSet([pair], ("dark", "bright"), ignored=(value,)).load(0)[1]
+        assert found.tolist() == [[[0, IGNORE]]]
+
+
+@pytest.mark.parametrize("layout", ["camvid", "voc", "ade20k", "cityscapes", "coco_stuff"])
 def test_missing_data_set_gives_no_way_to_get_it(tmp_path: Path, layout: str) -> None:
     with pytest.raises(DatasetError, match="must lie as .* get it at http"):
         make_segmentation_set(layout, tmp_path, "train")
@@ -107,7 +155,9 @@ def test_file_of_a_list_is_missing(tmp_path: Path) -> None:
 
 
 def test_wrong_option_is_taken(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="a layout of folder, camvid, voc, ade20k, got 'cityscapes'"):
-        make_segmentation_set("cityscapes", tmp_path, "train")
+    with pytest.raises(
+        DatasetError, match="a layout of folder, camvid, voc, ade20k, cityscapes, coco_stuff, got 'coco'"
+    ):
+        make_segmentation_set("coco", tmp_path, "train")
     with pytest.raises(DatasetError, match="the classes of voc are fixed"):
         make_segmentation_set("voc", tmp_path, "train", num_classes=3)

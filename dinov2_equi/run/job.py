@@ -1,0 +1,98 @@
+"""A command as one task of a SLURM job.
+
+Imports next to nothing: a signal that comes before the job listens ends it for good.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from dinov2_equi.data.signals import STOP_SIGNALS
+
+ROOT = Path(__file__).resolve().parents[2]
+_FIRST_PORT, _NUM_PORTS = 20000, 20000
+_KILLED_WITHIN_S = 300
+
+
+class CommandJob:
+    """A command as one task of a SLURM job.
+
+    Attributes:
+        script: its file, below the root of the code.
+        arguments: its words.
+        folder: the working directory of the command; the job itself starts in the copy of the code, because Python
+            looks for modules in the working directory first.
+    """
+
+    def __init__(self, script: Path, arguments: Sequence[str]) -> None:
+        self.script = script
+        self.arguments = [*arguments, "--launcher", "inline"]
+        self.folder = Path.cwd()
+
+    def __call__(self) -> None:
+        """Run the command; where a signal stopped it, queue the job again.
+
+        Raises:
+            SystemExit: with the exit code of the command where that is not 0.
+        """
+        import submitit
+
+        job = submitit.JobEnvironment()
+
+        def queue_again(number: int, _: FrameType | None) -> None:
+            # The command does not listen yet, or no more: it has nothing to save.
+            os.write(1, f"{signal.Signals(number).name} came between the steps\n".encode())
+            _queue_again(job)
+
+        for number in STOP_SIGNALS:
+            signal.signal(number, queue_again)
+        os.environ |= {
+            "WORLD_SIZE": str(job.num_tasks),
+            "RANK": str(job.global_rank),
+            "LOCAL_RANK": str(job.local_rank),
+            "LOCAL_WORLD_SIZE": str(job.num_tasks // job.num_nodes),
+            "MASTER_ADDR": job.hostnames[0],
+            "MASTER_PORT": str(_FIRST_PORT + int(job.raw_job_id) % _NUM_PORTS),
+        }
+        os.chdir(self.folder)
+        main = _main_of(ROOT / self.script)
+        from dinov2_equi.run.command import EXIT_STOPPED
+
+        code = main(self.arguments)
+        if code == EXIT_STOPPED:
+            _queue_again(job)
+        if code:
+            raise SystemExit(code)
+
+
+def _queue_again(job: Any) -> None:
+    """Queue a job again and wait for SLURM to end this task; return where SLURM refused."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with which SLURM ends the tasks, or kills them much later
+    if job.global_rank == 0:
+        os.write(1, f"queueing job {job.job_id} again\n".encode())  # also in the middle of a log line
+        if subprocess.run(["scontrol", "requeue", job.job_id], check=False).returncode:
+            return
+    time.sleep(_KILLED_WITHIN_S)  # a task that ended would be taken for the end of the job
+
+
+def _main_of(script: Path) -> Callable[[Sequence[str]], int]:
+    """Return the function `main` of a script; scripts of `eval/` are files and no modules."""
+    name = "command_" + "_".join(script.with_suffix("").parts[-3:])
+    spec = importlib.util.spec_from_file_location(name, script)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # data classes look their module up
+    spec.loader.exec_module(module)
+    main: Callable[[Sequence[str]], int] = module.main
+    return main

@@ -88,7 +88,8 @@ def test_missing_packages_give_a_traceback(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "mmengine.config", None)
-    monkeypatch.delitem(sys.modules, "eval.segmentation.mmseg_run", raising=False)
+    monkeypatch.delitem(sys.modules, "eval.segmentation.mmseg_run", raising=False)  # where mmsegmentation is installed
+    monkeypatch.delattr("eval.segmentation.mmseg_run", raising=False)
     words = ("--framework", "mmseg", *TINY, *RECIPE, "--data", str(folder), "--output", str(tmp_path / "out"))
     assert_refused(script, words, "pip install -r eval/segmentation/requirements.txt, or take --framework torch")
 

@@ -63,7 +63,7 @@ $(DEV_STAMP): $(RUN_STAMP)
 
 # Without opencv-python, which needs libGL: its headless kind is in $(VENV).
 $(MMSEG_STAMP): $(DEV_STAMP)
-	@echo "Installing the packages of $(MMSEG_REQUIREMENTS) into $(MMSEG_VENV): seconds and 60 MB."
+	@echo "Installing the packages of $(MMSEG_REQUIREMENTS) into $(MMSEG_VENV): seconds and 100 MB."
 	@$(PY) -m venv --clear $(MMSEG_VENV)
 	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 	  "$$($(MMSEG_PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"

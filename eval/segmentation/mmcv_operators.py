@@ -1,7 +1,8 @@
 """A stand-in for mmcv's compiled operators, so that mmcv-lite, which has none and needs no compiler, is enough.
 
 `mmcv.ops` looks its operators up in the module `mmcv._ext` while it is imported, and mmsegmentation imports it. Here
-non-maximum suppression and RoIAlign are torchvision's. Every other operator is found, and refuses when it is called.
+non-maximum suppression and RoIAlign are torchvision's, and deformable attention on a GPU is what mmcv itself takes on a
+CPU. Every other operator is found, and refuses when it is called.
 """
 
 from __future__ import annotations
@@ -128,8 +129,50 @@ def _pooled(
     return pooled
 
 
+def _deformable_attention(
+    value: Tensor, shapes: Tensor, starts: Tensor, places: Tensor, weights: Tensor, *, im2col_step: int
+) -> Tensor:
+    """Return what multi-scale deformable attention reads, [B, q, m * d].
+
+    Args:
+        value: [B, k, m, d], the places of all maps, one map after the other.
+        shapes: [l, 2] (h, w) of the maps.
+        starts: [l] numbers of their first places.
+        places: [B, q, m, l, p, 2] (x, y) that are read, in [0, 1].
+        weights: [B, q, m, l, p] of what is read.
+        im2col_step: images at a time of the compiled operator.
+    """
+    from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
+
+    read: Tensor = multi_scale_deformable_attn_pytorch(value, shapes, places, weights)
+    return read
+
+
+def _deformable_attention_backward(
+    value: Tensor, shapes: Tensor, starts: Tensor, *others: Tensor, im2col_step: int
+) -> None:
+    """Write the gradients of value, places and weights.
+
+    Args:
+        value: as of the forward operator, as are shapes, starts and im2col_step.
+        shapes: see there.
+        starts: see there.
+        others: places, weights, the gradient of what was read, and three tensors that are written to.
+        im2col_step: see there.
+    """
+    places, weights, grad_output, *gradients = others
+    with torch.enable_grad():
+        value, places, weights = (x.detach().requires_grad_() for x in (value, places, weights))
+        read = _deformable_attention(value, shapes, starts, places, weights, im2col_step=im2col_step)
+        found = torch.autograd.grad(read, (value, places, weights), grad_output)
+    for gradient, values in zip(gradients, found, strict=True):
+        gradient.copy_(values)
+
+
 _OPERATORS: dict[str, Callable[..., Any]] = {
     "nms": _nms,
     "roi_align_forward": _roi_align_forward,
     "roi_align_backward": _roi_align_backward,
+    "ms_deform_attn_forward": _deformable_attention,
+    "ms_deform_attn_backward": _deformable_attention_backward,
 }

@@ -30,6 +30,7 @@ from dinov2_equi.train.stopping import RunStopped, StopRequest
 
 _NAME = re.compile(r"step_(\d+)\.pth")
 _KEPT = 2
+_OF_LAYER = re.compile(r"\.d\d+\.")  # terms of mask2former's layers but the last
 
 
 @LOOPS.register_module()
@@ -78,7 +79,7 @@ class StepHook(Hook):
         """Look at the loss of a step."""
         terms = {name: value.detach() for name, value in outputs.items() if "loss" in name}
         check_finite(terms, batch_idx)
-        self._on_step(batch_idx + 1, terms)
+        self._on_step(batch_idx + 1, {name: value for name, value in terms.items() if not _OF_LAYER.search(name)})
 
 
 class SaveHook(Hook):

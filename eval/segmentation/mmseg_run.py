@@ -32,6 +32,7 @@ from dinov2_equi.logging.setup import setup_logging
 from dinov2_equi.run.dense_task import AnyTask, TaskRun, identity_of, read_task_settings, write_outputs
 from dinov2_equi.run.load import load_eval_model
 from dinov2_equi.train.stopping import RunStopped, StopRequest
+from eval.segmentation.mask2former import mask2former_head
 from eval.segmentation.mmseg_loop import (
     PositionedTrainLoop,
     SaveHook,
@@ -41,7 +42,7 @@ from eval.segmentation.mmseg_loop import (
     readable,
 )
 from eval.segmentation.mmseg_parts import TrainingCrops, WholeImages, sample_for_test
-from eval.segmentation.mmseg_settings import UPERNET, MmsegSettings
+from eval.segmentation.mmseg_settings import MASK2FORMER, UPERNET, MmsegSettings
 
 Split = tuple[SegmentationSet, SegmentationSet]
 
@@ -67,13 +68,13 @@ def model_config(settings: MmsegSettings, weights: str | EvalModel, num_classes:
     if num_classes < 2:
         raise ValueError(f"mmsegmentation needs two classes or more, got {num_classes}; take --framework torch")
     backbone = {"type": "EquiBackbone", "weights": weights, "frozen": not settings.finetune, "seed": settings.seed}
-    if settings.head == UPERNET:
+    if settings.head in (UPERNET, MASK2FORMER):
         backbone["pyramid_channels"] = settings.pyramid_channels
     else:
         backbone["num_blocks"] = HEADS[settings.head]
     known = MODELS.build(dict(backbone))  # what the other parts have to fit
     shared = {"num_classes": num_classes, "out_channels": num_classes, "ignore_index": IGNORE, "align_corners": False}
-    heads = _upernet(settings) if settings.head == UPERNET else _linear(known.out_channels)
+    heads = _heads(settings, known.out_channels, num_classes)
     return {
         "type": "PaddedEncoderDecoder",
         "data_preprocessor": {
@@ -87,6 +88,12 @@ def model_config(settings: MmsegSettings, weights: str | EvalModel, num_classes:
         **{name: shared | head for name, head in heads.items()},
         "test_cfg": ConfigDict(mode="slide", crop_size=(settings.crop,) * 2, stride=(settings.stride,) * 2),
     }
+
+
+def _heads(settings: MmsegSettings, widths: list[int], num_classes: int) -> dict[str, Any]:
+    if settings.head == MASK2FORMER:
+        return {"decode_head": mask2former_head(settings, num_classes)}
+    return _upernet(settings) if settings.head == UPERNET else _linear(widths)
 
 
 def _linear(widths: list[int]) -> dict[str, dict[str, Any]]:
@@ -242,7 +249,7 @@ def _optimizer(args: argparse.Namespace, settings: MmsegSettings, model: Any) ->
 def _train(runner: Runner, settings: MmsegSettings) -> list[float]:
     with training_progress(settings.steps, images_per_step=settings.batch_size) as progress:
         runner.register_hook(StepHook(progress.update))
-        with readable(runner._load_from):
+        with readable(runner._load_from), _own_warnings_ignored():
             runner.train()
     return loss_history(runner)
 
@@ -267,9 +274,9 @@ def _measure(runner: Runner, settings: MmsegSettings, val: SegmentationSet, stop
 
 @contextmanager
 def _own_warnings_ignored() -> Iterator[None]:
-    """Keep to itself what mmsegmentation warns itself of."""
+    """Keep to itself what mmsegmentation and mmdet warn of in their own code."""
     with warnings.catch_warnings():
-        for message in ("``build_loss`` would be deprecated", "The shape of value will convert"):
+        for message in ("``build_loss`` would be deprecated", "The shape of value will convert", "torch.meshgrid"):
             warnings.filterwarnings("ignore", message=message)
         yield
 

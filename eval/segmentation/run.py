@@ -6,13 +6,15 @@ r"""How well the class of every pixel can be read from a backbone: train a linea
     python eval/segmentation/run.py --weights random:vit_small/14 --data FOLDER --set steps=500 resize=224 crop=224
 
 FOLDER holds images/ and annotations/ with PNGs of class numbers, 255 for none. With `--framework mmseg` (needs
-eval/segmentation/requirements.txt) mmsegmentation trains and predicts; its heads are linear, multiscale and upernet.
+eval/segmentation/requirements.txt) mmsegmentation trains and predicts; its heads are linear, multiscale, upernet and
+mask2former.
 Writes `results.json`, `predictions.png` and checkpoints; the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,10 +37,11 @@ from dinov2_equi.evaluation.dense.segmentation import (
     SegmentationSettings,
     evaluate_segmentation,
 )
+from dinov2_equi.evaluation.dense.settings import read_settings
 from dinov2_equi.evaluation.dense.training import Losses
 from dinov2_equi.evaluation.eval_model import EvalModel
 from dinov2_equi.run.dense_task import AnyTask, DenseTask, TaskRun, run_dense_task
-from eval.segmentation.mmseg_settings import MmsegSettings
+from eval.segmentation.mmseg_settings import MASK2FORMER, MmsegSettings
 
 TORCH, MMSEG = "torch", "mmseg"
 
@@ -117,13 +120,16 @@ class MmsegTask(SegmentationTask):
     settings = MmsegSettings
 
     def check_libraries(self, args: argparse.Namespace) -> None:
-        """Refuse to begin without mmsegmentation.
+        """Refuse to begin without mmsegmentation, or mmdet where the head is made of its parts.
 
         Raises:
             ImportError: says how to install it.
         """
         try:
             from eval.segmentation import mmseg_run  # noqa: F401
+
+            if read_settings(self.settings, args.config, args.set).head == MASK2FORMER:
+                importlib.import_module("mmdet.models")
         except ModuleNotFoundError as error:
             raise ImportError(
                 f"--framework mmseg: {error}; install it by pip install -r eval/segmentation/requirements.txt, or take "

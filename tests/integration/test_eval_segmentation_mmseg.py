@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +26,7 @@ from torchvision import ops
 pytest.importorskip("mmseg", reason="needs eval/segmentation/requirements.txt: make test-mmseg")
 
 from mmengine.dataset import pseudo_collate
+from mmengine.hub import get_config
 from mmengine.logging import HistoryBuffer
 from mmseg.registry import MODELS
 
@@ -39,6 +41,7 @@ from dinov2_equi.evaluation.eval_model import EvalModel
 from dinov2_equi.evaluation.model import RawPixels, random_backbone
 from dinov2_equi.evaluation.summary import headline_numbers
 from eval.segmentation import mmseg_loop, mmseg_parts, mmseg_run
+from eval.segmentation.mask2former import mask2former_head
 from eval.segmentation.mmseg_settings import MmsegSettings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -46,6 +49,14 @@ SCRIPT = REPOSITORY / "eval" / "segmentation" / "run.py"
 TINY = ("--framework", "mmseg", "--weights", "random:vit_test_tiny/8", "--device", "cpu", "--set")
 RECIPE = ("resize=24", "crop=24", "stride=16", "steps=30", "warmup_steps=1", "batch_size=4", "lr=0.03")
 UPERNET = ("head=upernet", "channels=8", "pyramid_channels=8", "crop=21", "stride=13")
+MASK2FORMER = (
+    "head=mask2former",
+    "pyramid_channels=64",
+    "queries=4",
+    "points=32",
+    "encoder_layers=1",
+    "decoder_layers=2",
+)
 SMALL = MmsegSettings(resize=30, crop=21, stride=13, steps=2, warmup_steps=1, batch_size=2)
 C = 5
 
@@ -125,7 +136,11 @@ def test_results_file_has_another_form_than_the_plain_path(
     assert plain_numbers.keys() | {"mmseg"} == their_numbers.keys()
 
 
-@pytest.mark.parametrize("more", [("head=multiscale",), (*UPERNET, "finetune=true", "lr=0.003")], ids=["frozen", "all"])
+@pytest.mark.parametrize(
+    "more",
+    [("head=multiscale",), (*UPERNET, "finetune=true", "lr=0.003"), (*MASK2FORMER, "crop=21", "stride=13")],
+    ids=["frozen", "all", "mask2former"],
+)
 def test_stopped_run_ends_with_other_numbers(
     tmp_path: Path, script: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
 ) -> None:
@@ -288,6 +303,50 @@ def test_gradients_reach_a_frozen_backbone_or_miss_the_pyramid(finetune: bool) -
         assert rates[first] == pytest.approx(rates[last] * settings.layer_decay**2)
 
 
+def test_head_differs_from_mmsegmentations_mask2former() -> None:
+    known = get_config("mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py").model.decode_head
+    head = mask2former_head(dataclasses.replace(SMALL, head="mask2former"), 150)
+    assert head.pop("in_channels") == [256] * 4 and known.pop("in_channels") == [256, 512, 1024, 2048]
+    assert head == known
+
+
+def mask2former_model() -> Any:
+    settings = read_settings(MmsegSettings, None, MASK2FORMER)
+    return mmseg_run.build_model(mmseg_run.model_config(settings, backbone(14), C), 0)
+
+
+def test_masks_of_a_crop_without_classes_end_the_training() -> None:
+    model = mask2former_model().train()
+    labels = torch.randint(0, C, (1, 21, 30))
+    packed = [mmseg_parts.packed_sample(torch.rand(3, 21, 30), x) for x in (labels, torch.full_like(labels, IGNORE))]
+    for samples in (packed, packed[1:]):
+        terms = model(**model.data_preprocessor(pseudo_collate(samples), training=True), mode="loss")
+        loss, _ = model.parse_losses(terms)
+        assert loss.isfinite()
+        loss.backward()
+    inside = {id(parameter) for parameter in model.backbone.network.parameters()}
+    assert all((p.grad is None) == (id(p) in inside) for p in model.parameters())
+
+
+def test_queries_of_masks_decay() -> None:
+    model, settings = mask2former_model(), LoopSettings()
+    groups = parameter_groups(model, model.backbone.network, settings)
+    decay = {name: group["weight_decay"] for group in groups for name in group["names"]}
+    for name in ("query_embed", "query_feat", "level_embed"):  # as in mmsegmentation's config
+        assert decay[f"decode_head.{name}.weight"] == 0
+    assert decay["decode_head.cls_embed.weight"] == settings.weight_decay
+
+
+@pytest.mark.parametrize("size", [(30, 40), (31, 23), (64, 20)])
+def test_masks_are_cut_to_another_size_than_the_image(size: tuple[int, int]) -> None:
+    model = mask2former_model().eval()
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+    for more in ({}, {"test_scales": (0.7, 1.0), "flip_test": True}):
+        settings = dataclasses.replace(SMALL, **more)  # type: ignore[arg-type]
+        found = mmseg_run.Predictor(MODELS.build({"type": "SegTTAModel", "module": model}) if more else model)
+        assert found.predict(image, settings).shape == (1, *size)
+
+
 def test_pixels_as_backbone_have_no_classes() -> None:
     model = EvalModel(name="pixels", backbone=RawPixels(), patch_size=1)
     plain, theirs = both_models("linear", model)
@@ -322,7 +381,10 @@ def test_config_and_checkpoint_of_a_run_mean_nothing_to_mmsegmentation(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("head=mask",), "expected head to be one of linear, multiscale, upernet, got 'mask'"),
+        (("head=mask",), "expected head to be one of linear, multiscale, upernet, mask2former, got 'mask'"),
+        (("head=mask2former", "pyramid_channels=80"), "multiple of 32 from 64 on, got 80"),
+        (("head=mask2former", "pyramid_channels=32"), "multiple of 32 from 64 on, got 32"),
+        (("head=mask2former", "queries=0"), "expected queries, points, encoder_layers and decoder_layers >= 1, got 0"),
         (("head=upernet", "batch_size=1"), "expected batch_size >= 2, got 1"),
         (("channel=3",), "did you mean channels?"),
         (("head=linear", "--layout", "ade20k"), "ADE20K must lie as"),
@@ -338,6 +400,18 @@ def test_wrong_input_gives_a_traceback(
 ) -> None:
     given = (*TINY, *words, "--data", str(folder), "--output", str(tmp_path / "out"))
     assert_refused(script, given, message)
+
+
+def test_missing_mmdet_gives_a_traceback(
+    script: ModuleType,
+    folder: Path,
+    tmp_path: Path,
+    assert_refused: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "mmdet.models", None)
+    words = (*TINY, *MASK2FORMER, "--data", str(folder), "--output", str(tmp_path / "out"))
+    assert_refused(script, words, "pip install -r eval/segmentation/requirements.txt, or take --framework torch")
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
@@ -382,6 +456,19 @@ def test_operators_differ_from_torchvision() -> None:
     assert torch.equal(gradient, wanted_gradient)
     with pytest.raises(NotImplementedError, match="the operator carafe_forward of mmcv is compiled"):
         carafe(torch.rand(1, 4, 4, 4), torch.rand(1, 9, 8, 8), 3, 1, 2)
+
+
+def test_attention_on_a_gpu_differs_from_that_on_a_cpu() -> None:
+    from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction, multi_scale_deformable_attn_pytorch
+
+    shapes, starts = torch.tensor([[4, 3], [2, 2]]), torch.tensor([0, 12])
+    value, places = torch.rand(2, 16, 2, 5), torch.rand(2, 7, 2, 2, 3, 2)
+    inputs = [x.double().requires_grad_() for x in (value, places, torch.rand(2, 7, 2, 2, 3))]
+    wanted = multi_scale_deformable_attn_pytorch(inputs[0], shapes, *inputs[1:])
+    found = MultiScaleDeformableAttnFunction.apply(inputs[0], shapes, starts, *inputs[1:], 64)
+    assert torch.equal(found, wanted)
+    gradients, wanted_gradients = (torch.autograd.grad(x.sin().sum(), inputs) for x in (found, wanted))
+    assert all(torch.equal(*pair) for pair in zip(gradients, wanted_gradients, strict=True))
 
 
 def write_pair(image: Path, label: Path, values: list[list[int]]) -> None:

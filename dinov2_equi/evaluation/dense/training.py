@@ -34,7 +34,7 @@ from dinov2_equi.evaluation.step_loader import step_loader
 from dinov2_equi.fsdp.checkpoint import CheckpointStore, flatten_optimizer, restore_optimizer_
 
 CHECKPOINTS = "checkpoints"
-_NO_DECAY = re.compile(r"(bias|gamma|cls_token|pos_embed|register_tokens)$|norm")
+_NO_DECAY = re.compile(r"(bias|gamma|cls_token|pos_embed|register_tokens|(query|level)_(embed|feat)\.weight)$|norm")
 
 WITHOUT_EFFECT = ("save_every", "curve_every")
 """Settings that do not change the weights: a training that was stopped goes on with others."""

@@ -110,6 +110,14 @@ def allocation_of(args: argparse.Namespace) -> Allocation:
     )
 
 
+def num_processes(args: argparse.Namespace) -> int:
+    """Return how many processes run a command: those of the job that it asks for, else those that there are."""
+    if is_for_slurm(args):
+        allocation = allocation_of(args)
+        return allocation.nodes * allocation.tasks_per_node
+    return get_world_size()
+
+
 def run_launched(
     command: Callable[[argparse.Namespace], int],
     parser: argparse.ArgumentParser,

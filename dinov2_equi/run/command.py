@@ -12,12 +12,12 @@ import torch
 
 from dinov2_equi.data.signals import end_workers
 from dinov2_equi.fsdp.manifest import CheckpointError
+from dinov2_equi.run import job
 from dinov2_equi.run.allocator import keep_freed_memory
 from dinov2_equi.train.stopping import RunStopped
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
-EXIT_STOPPED = 75
-"""EX_TEMPFAIL of sysexits.h: a signal stopped the command, which is to be tried again. For SLURM's RequeueExit."""
+EXIT_STOPPED = job.EXIT_STOPPED
 
 _OUT_OF_MEMORY = (
     "error: the device has not enough memory: take smaller batches, crops or images, or another device; what is "

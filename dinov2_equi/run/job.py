@@ -19,6 +19,8 @@ from typing import Any
 from dinov2_equi.data.signals import STOP_SIGNALS
 
 ROOT = Path(__file__).resolve().parents[2]
+EXIT_STOPPED = 75
+"""EX_TEMPFAIL of sysexits.h: a signal stopped the command, which is to be tried again. For SLURM's RequeueExit."""
 _FIRST_PORT, _NUM_PORTS = 20000, 20000
 _KILLED_WITHIN_S = 300
 
@@ -39,7 +41,7 @@ class CommandJob:
         self.folder = Path.cwd()
 
     def __call__(self) -> None:
-        """Run the command; where a signal stopped it, queue the job again.
+        """Run the command; where a signal stopped it, queue the job again, unless somebody cancelled it.
 
         Raises:
             SystemExit: with the exit code of the command where that is not 0.
@@ -52,6 +54,7 @@ class CommandJob:
             # The command does not listen yet, or no more: it has nothing to save.
             os.write(1, f"{signal.Signals(number).name} came between the steps\n".encode())
             _queue_again(job)
+            raise SystemExit(EXIT_STOPPED)
 
         for number in STOP_SIGNALS:
             signal.signal(number, queue_again)
@@ -64,10 +67,7 @@ class CommandJob:
             "MASTER_PORT": str(_FIRST_PORT + int(job.raw_job_id) % _NUM_PORTS),
         }
         os.chdir(self.folder)
-        main = _main_of(ROOT / self.script)
-        from dinov2_equi.run.command import EXIT_STOPPED
-
-        code = main(self.arguments)
+        code = _main_of(ROOT / self.script)(self.arguments)
         if code == EXIT_STOPPED:
             _queue_again(job)
         if code:
@@ -75,15 +75,28 @@ class CommandJob:
 
 
 def _queue_again(job: Any) -> None:
-    """Queue a job again and wait for SLURM to end this task; return where SLURM refused."""
+    """Queue a job again and wait for SLURM to end this task; return where it was cancelled or SLURM refused."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with which SLURM ends the tasks, or kills them much later
     if job.global_rank == 0:
+        if _is_cancelled(job.job_id):
+            os.write(1, f"job {job.job_id} was cancelled and is not queued again\n".encode())
+            return
         os.write(1, f"queueing job {job.job_id} again\n".encode())  # also in the middle of a log line
         if subprocess.run(["scontrol", "requeue", job.job_id], check=False).returncode:
             return
     time.sleep(_KILLED_WITHIN_S)  # a task that ended would be taken for the end of the job
+
+
+def _is_cancelled(job_id: str) -> bool:
+    """Return whether somebody cancelled a job, as plain `scancel` does: SLURM would queue it again all the same.
+
+    A job that is told to end still runs. One that SLURM ends is completing, for want of time or because of `scancel`.
+    """
+    shown = subprocess.run(["scontrol", "show", "job", job_id], capture_output=True, text=True, check=False).stdout
+    ends = "JobState=CANCELLED" in shown or "JobState=COMPLETING" in shown
+    return ends and "Reason=TimeLimit" not in shown
 
 
 def _main_of(script: Path) -> Callable[[Sequence[str]], int]:

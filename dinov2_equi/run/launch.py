@@ -77,8 +77,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def is_for_slurm(args: argparse.Namespace) -> bool:
-    """Return whether the command asks for a SLURM job."""
-    asked = bool(args.slurm) or any(getattr(args, name) is not None for name in _SIZES)
+    """Return whether the command asks for a SLURM job, or for an array of them where it knows `sweep`.
+
+    Raises:
+        ValueError: if it is to run here and has options of a job.
+    """
+    sweep = getattr(args, "sweep", None)
+    if args.launcher == "inline" and sweep:
+        raise ValueError(
+            "--sweep submits an array of SLURM jobs; to train here, call the command once for each configuration, with "
+            "an --output-dir of its own"
+        )
+    asked = bool(args.slurm or sweep) or any(getattr(args, name) is not None for name in _SIZES)
     if args.launcher == "inline" and asked:
         raise ValueError("--launcher inline runs here and takes no options of SLURM")
     return args.launcher == "slurm" or (args.launcher == "auto" and asked)
@@ -195,11 +205,12 @@ def _submit_command(args: argparse.Namespace, words: Sequence[str], script: Path
     _, kept = own.parse_known_args(words)
     output = args.output.expanduser().resolve()
     kept += ["--output", str(output)]
+    script = script.resolve().relative_to(ROOT)
+    executor = _executor(output, allocation_of(args), script)
     config: Path | None = getattr(args, "config", None)
     if config is not None:
-        kept += ["--config", str(output / FOLDER / CONFIG)]
-    text = None if config is None else config.read_text(encoding="utf-8")
-    job = _submit(CommandJob(script.resolve().relative_to(ROOT), kept), output, allocation_of(args), config=text)
+        kept += ["--config", str(_write_config(output, config.read_text(encoding="utf-8")))]
+    job = str(executor.submit(CommandJob(script, kept)).job_id)
     return f"job {job} was submitted; its log: {log_of(output, job)}"
 
 
@@ -223,24 +234,55 @@ def submit(cfg: Config, output_dir: Path, allocation: Allocation, *, flags: Sequ
     Raises:
         ValueError: if this machine has no SLURM.
     """
-    config = output_dir / FOLDER / CONFIG
-    job = CommandJob(TRAIN_SCRIPT, ["--config-file", str(config), "--output-dir", str(output_dir), *flags])
-    return _submit(job, output_dir, allocation, config=to_yaml(cfg))
+    executor = _executor(output_dir, allocation, TRAIN_SCRIPT)
+    return str(executor.submit(_training_job(cfg, output_dir, flags)).job_id)
 
 
-def _submit(job: CommandJob, output_dir: Path, allocation: Allocation, *, config: str | None) -> str:
-    """Copy the code and the text of the configuration, submit, and return the number of the job."""
+def submit_sweep(
+    runs: Mapping[Path, Config], sweep_dir: Path, allocation: Allocation, *, flags: Sequence[str] = ()
+) -> list[str]:
+    """Submit trainings as one array of jobs and return their numbers, `ARRAY_TASK`, in the order of `runs`.
+
+    One copy of the code serves all; it and the logs lie in the folder of the sweep.
+
+    Args:
+        runs: validated configuration by run folder.
+        sweep_dir: folder of the sweep.
+        allocation: what each job gets.
+        flags: further flags of the training command.
+
+    Raises:
+        ValueError: if this machine has no SLURM.
+    """
+    executor = _executor(sweep_dir, allocation, TRAIN_SCRIPT)
+    with executor.batch():
+        jobs = [executor.submit(_training_job(cfg, output_dir, flags)) for output_dir, cfg in runs.items()]
+    return [str(job.job_id) for job in jobs]
+
+
+def _training_job(cfg: Config, output_dir: Path, flags: Sequence[str]) -> CommandJob:
+    config = _write_config(output_dir, to_yaml(cfg))
+    return CommandJob(TRAIN_SCRIPT, ["--config-file", str(config), "--output-dir", str(output_dir), *flags])
+
+
+def _write_config(output_dir: Path, text: str) -> Path:
+    path = output_dir / FOLDER / CONFIG
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _executor(output_dir: Path, allocation: Allocation, script: Path) -> Any:
+    """Return what submits jobs that log into `output_dir` and run a copy of the code made there now."""
     import submitit
 
     if shutil.which("sbatch") is None:
         raise ValueError("sbatch was not found: --launcher slurm works on a machine of a SLURM cluster")
     folder = output_dir / FOLDER
-    _copy_code(folder / CODE, job.script)
-    if config is not None:
-        (folder / CONFIG).write_text(config, encoding="utf-8")
+    _copy_code(folder / CODE, script)
     executor = submitit.SlurmExecutor(folder=folder)
     executor.update_parameters(**_parameters(allocation, name=output_dir.name, code=folder / CODE))
-    return str(executor.submit(job).job_id)
+    return executor
 
 
 def _copy_code(target: Path, script: Path) -> None:

@@ -10,6 +10,8 @@ As a SLURM job, which is queued again when its time ends and goes on:
 
     python dinov2_equi/run/train.py --launcher slurm --nodes 4 --gpus-per-node 8 --partition P --time 3-00:00:00 ...
 
+Several runs as one array of jobs, each in a folder below --output-dir: `--sweep A.yaml B.yaml`.
+
 Several configuration files, `--config-file A.yaml B.yaml`, are read in this order; the last to name a key decides.
 Running the same command again goes on where the last run stopped. SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C let it finish
 its step and save; a second one ends it at once. The exit codes are in `--help`.
@@ -76,6 +78,8 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-resume", action="store_true", help="set an earlier run in the folder aside, start anew")
     parser.add_argument("--eval-only", action="store_true", help="do not train: report on the newest checkpoint")
+    sweep = "one array of SLURM jobs: a run for each file, read after all others, in its folder below --output-dir"
+    parser.add_argument("--sweep", nargs="+", default=[], metavar="FILE", help=sweep)
     launch.add_arguments(parser)
     return parser
 
@@ -111,9 +115,15 @@ def _fail(reason: object, code: int) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    further_files, overrides = split_words(args.words)
-    cfg = load_run_config([*([Path(args.config_file)] if args.config_file else []), *further_files], overrides)
-    if launch.is_for_slurm(args):
+    sweep_files, sweep_words = split_words(args.sweep)  # overrides behind the files of --sweep are those of all
+    further_files, overrides = split_words([*args.words, *sweep_words])
+    files = [*([Path(args.config_file)] if args.config_file else []), *further_files]
+    for_slurm = launch.is_for_slurm(args)
+    if args.sweep:
+        _submit_sweep(args, [(file, load_run_config([*files, file], overrides)) for file in sweep_files])
+        return
+    cfg = load_run_config(files, overrides)
+    if for_slurm:
         _submit(args, cfg)
         return
     process = read_launch()
@@ -125,14 +135,43 @@ def _run(args: argparse.Namespace) -> None:
 def _submit(args: argparse.Namespace, cfg: Config) -> None:
     allocation = launch.allocation_of(args)
     output_dir = _output_dir(args, cfg)
+    _prepare_for_queue(args, cfg, output_dir)
+    job = launch.submit(cfg, output_dir, allocation, flags=_flags(args))
+    print(f"job {job} was submitted; its log: {launch.log_of(output_dir, job)}")
+
+
+def _submit_sweep(args: argparse.Namespace, configs: Sequence[tuple[Path, Config]]) -> None:
+    allocation = launch.allocation_of(args)
+    names = [file.stem for file, _ in configs]
+    sweep_dirs = {_output_dir(args, cfg) for _, cfg in configs}
+    if not names:
+        raise ValueError(f"--sweep takes YAML files, got {' '.join(args.sweep)}")
+    if len(set(names)) < len(names) or launch.FOLDER in names:
+        raise ValueError(
+            "--sweep names the run folders after the files, which must differ from each other and from "
+            f"{launch.FOLDER}, got {', '.join(names)}: rename some"
+        )
+    if len(sweep_dirs) > 1:
+        raise ValueError("the files of --sweep name several train.output_dir: give the folder of all by --output-dir")
+    (sweep_dir,) = sweep_dirs
+    runs = {sweep_dir / file.stem: cfg for file, cfg in configs}
+    for output_dir, cfg in runs.items():
+        _prepare_for_queue(args, cfg, output_dir)
+    for job, output_dir in zip(launch.submit_sweep(runs, sweep_dir, allocation, flags=_flags(args)), runs, strict=True):
+        print(f"job {job} was submitted for {output_dir}; its log: {launch.log_of(sweep_dir, job)}")
+
+
+def _prepare_for_queue(args: argparse.Namespace, cfg: Config, output_dir: Path) -> None:
+    """Find here what would fail in the queue; set an earlier run aside now, and not at every start of the job."""
     check_run_folder(output_dir, must_exist=args.eval_only)
     check_weight_files(cfg)
-    build_datasets(cfg)  # a wrong path fails here and not in the queue
-    if args.no_resume:  # now, and not at every start of the job
+    build_datasets(cfg)
+    if args.no_resume:
         set_aside(output_dir)
-    flags = ["--eval-only"] if args.eval_only else []
-    job = launch.submit(cfg, output_dir, allocation, flags=flags)
-    print(f"job {job} was submitted; its log: {launch.log_of(output_dir, job)}")
+
+
+def _flags(args: argparse.Namespace) -> list[str]:
+    return ["--eval-only"] if args.eval_only else []
 
 
 def _output_dir(args: argparse.Namespace, cfg: Config) -> Path:

@@ -119,6 +119,36 @@ def test_a_job_whose_time_ends_loses_steps_or_is_not_started_again(
     assert "SIGUSR2: finishing this step" in (run / "slurm" / f"{job}_0_log.out").read_text()
 
 
+def test_a_job_that_was_cancelled_comes_back(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (job,) = submit(TRAIN, *DEBUG, "--output-dir", str(run), "--time", "10", *LONG)
+    wait_until(lambda: num_steps(run) > 3, "three steps")
+    subprocess.run(["scancel", job], check=True)
+    shown = ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T"]
+    wait_until(lambda: "COMPLETING" not in subprocess.check_output(shown, text=True), "the end of the job")
+    assert subprocess.check_output(shown, text=True).split() == ["CANCELLED"]
+    # A loaded machine may need longer for its step than SLURM waits before it kills; then there is nothing to say.
+    log = (run / "slurm" / f"{job}_0_log.out").read_text()
+    assert "queueing" not in log and ("is not queued again" in log or "Killed" in log)
+
+
+def test_an_array_mixes_up_its_runs_or_is_queued_again_as_a_whole(tmp_path: Path) -> None:
+    files = {seed: tmp_path / f"seed_{seed}.yaml" for seed in (1, 2)}
+    for seed, file in files.items():
+        file.write_text(f"train:\n  seed: {seed}\n")
+    sweep = ("--sweep", *map(str, files.values()), "optim.epochs=10", *LEAN)
+    jobs = submit(TRAIN, *DEBUG, "--output-dir", str(tmp_path / "out"), "--time", "10", *sweep)
+    assert [job.partition("_")[2] for job in jobs] == ["0", "1"]
+    runs = [tmp_path / "out" / file.stem for file in files.values()]
+    wait_until(lambda: num_steps(runs[0]) > 10, "ten steps")
+    subprocess.run(["scancel", "--signal=USR1", jobs[0]], check=True)
+    for seed, run in zip(files, runs, strict=True):
+        wait_until((run / "results.json").is_file, f"the end of {run.name}")
+        assert f"seed: {seed}\n" in (run / "config.yaml").read_text()
+    logs = [(run / "logs" / "log.txt").read_text() for run in runs]
+    assert ["resumed after step" in log for log in logs] == [True, False]
+
+
 def test_a_harness_that_is_told_to_end_loses_steps_or_is_not_started_again(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for name in ("images", "depth"):

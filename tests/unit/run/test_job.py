@@ -22,6 +22,7 @@ class FakeJob:
 
     num_tasks, num_nodes, global_rank, local_rank, hostnames = 1, 1, 0, 0, ("localhost",)
     job_id, raw_job_id = "17_0", "17"
+    state = "RUNNING"
 
 
 @pytest.fixture
@@ -29,9 +30,10 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list
     """Yield the commands that a job runs; it finds its script in `tmp_path` and no real SLURM."""
     found: list[list[str]] = []
 
-    def run(words: list[str], check: bool) -> SimpleNamespace:
-        found.append(words)
-        return SimpleNamespace(returncode=0)
+    def run(words: list[str], **_: object) -> SimpleNamespace:
+        if words[1] == "requeue":
+            found.append(words)
+        return SimpleNamespace(returncode=0, stdout=f"JobId=17 JobState={FakeJob.state} Requeue=1")
 
     monkeypatch.setattr(job_module, "ROOT", tmp_path)
     monkeypatch.setattr("submitit.JobEnvironment", FakeJob)
@@ -82,7 +84,9 @@ def test_a_relative_path_is_looked_for_in_the_copy_of_the_code(
 def test_a_signal_before_the_command_listens_ends_the_job_for_good(
     tmp_path: Path, calls: list[list[str]], name: str
 ) -> None:
-    job_of(tmp_path, f"os.kill(os.getpid(), signal.{name}); return 0")()
+    with pytest.raises(SystemExit) as stopped:
+        job_of(tmp_path, f"os.kill(os.getpid(), signal.{name}); return 0")()
+    assert stopped.value.code == 75
     assert calls == [["scontrol", "requeue", "17_0"]]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # or SLURM would wait before it kills the task
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
@@ -92,11 +96,25 @@ def test_a_job_that_cannot_be_queued_again_holds_its_machines_or_looks_finished(
     tmp_path: Path, calls: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slept: list[float] = []
-    monkeypatch.setattr("subprocess.run", lambda words, check: SimpleNamespace(returncode=1))
+    monkeypatch.setattr("subprocess.run", lambda words, **_: SimpleNamespace(returncode=1, stdout=""))
     monkeypatch.setattr("time.sleep", slept.append)
     with pytest.raises(SystemExit) as stopped:
         job_of(tmp_path, "return 75")()
     assert stopped.value.code == 75 and not slept and not calls
+
+
+@pytest.mark.parametrize("body", ["return 75", "os.kill(os.getpid(), signal.SIGTERM)"])
+@pytest.mark.parametrize(
+    ("state", "is_queued"),
+    [("CANCELLED Reason=None", False), ("COMPLETING Reason=None", False), ("COMPLETING Reason=TimeLimit", True)],
+)
+def test_a_job_that_was_cancelled_comes_back_or_one_without_time_does_not(
+    tmp_path: Path, calls: list[list[str]], monkeypatch: pytest.MonkeyPatch, body: str, state: str, is_queued: bool
+) -> None:
+    monkeypatch.setattr(FakeJob, "state", state)
+    with pytest.raises(SystemExit) as stopped:
+        job_of(tmp_path, body)()
+    assert stopped.value.code == 75 and len(calls) == int(is_queued)
 
 
 def test_a_job_loads_torch_before_it_listens_to_signals() -> None:

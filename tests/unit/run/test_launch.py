@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -13,6 +15,7 @@ from dinov2_equi.config.schema import Config
 from dinov2_equi.distributed.setup import Launch
 from dinov2_equi.run import launch
 from dinov2_equi.run.launch import Allocation, allocation_of, is_for_slurm
+from dinov2_equi.run.train import main
 
 
 def parse(*words: str) -> argparse.Namespace:
@@ -61,6 +64,7 @@ class RecordingExecutor:
 
     parameters: dict[str, Any]
     job: launch.CommandJob
+    jobs: ClassVar[list[launch.CommandJob]] = []
 
     def __init__(self, folder: Path) -> None:
         type(self).parameters = {"folder": folder}
@@ -70,7 +74,12 @@ class RecordingExecutor:
 
     def submit(self, job: launch.CommandJob) -> Any:
         type(self).job = job
+        type(self).jobs.append(job)
         return argparse.Namespace(job_id=17)
+
+    def batch(self) -> Any:
+        type(self).jobs = []
+        return contextlib.nullcontext()
 
 
 def test_the_job_uses_what_is_edited_later_or_guesses_a_cluster(
@@ -167,3 +176,52 @@ def test_a_process_has_the_device_of_another(monkeypatch: pytest.MonkeyPatch) ->
         launch.device_of("cuda:1", second)
     with pytest.raises(ValueError, match="--nproc-per-node 2"):
         launch.device_of("cuda", Launch(world_size=3, rank=2, local_rank=2))
+
+
+def test_an_array_mixes_up_its_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("submitit.SlurmExecutor", RecordingExecutor)
+    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/sbatch")
+    files = {seed: tmp_path / f"seed_{seed}.yaml" for seed in (4, 5)}
+    for seed, file in files.items():
+        file.write_text(f"train:\n  seed: {seed}\n")
+    debug = ["--config-file", str(launch.ROOT / "configs" / "debug_cpu.yaml"), "--output-dir", str(tmp_path / "out")]
+    assert main([*debug, "--sweep", *map(str, files.values()), "optim.epochs=3", "--time", "10"]) == 0
+    for job, (seed, file) in zip(RecordingExecutor.jobs, files.items(), strict=True):
+        folder = tmp_path / "out" / file.stem
+        assert job.arguments[job.arguments.index("--output-dir") + 1] == str(folder)
+        text = (folder / "slurm" / "config.yaml").read_text()
+        assert f"seed: {seed}\n" in text and "epochs: 3\n" in text
+    assert str(tmp_path / "out" / "slurm" / "code") in RecordingExecutor.parameters["setup"][0]
+    assert capsys.readouterr().out.count("was submitted for") == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "words", "message"),
+    [
+        (("a", "c"), ("--launcher", "inline"), "--sweep submits an array of SLURM jobs"),
+        (("a", "b/a"), (), "must differ from each other and from slurm, got a, a"),
+        (("a", "slurm"), (), "must differ from each other and from slurm, got a, slurm"),
+        ((), ("optim.epochs=3",), "--sweep takes YAML files, got optim.epochs=3"),
+    ],
+)
+def test_an_array_that_cannot_be_told_apart_or_run_is_submitted(
+    names: tuple[str, ...], words: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "b").mkdir()
+    files = [tmp_path / f"{name}.yaml" for name in names]
+    for file in files:
+        file.write_text("")
+    assert main(["--output-dir", str(tmp_path), "--sweep", *map(str, files), *words]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_runs_of_an_array_end_up_below_the_folder_of_one_of_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    for file in files:
+        file.write_text(f"train:\n  output_dir: {tmp_path / file.stem}\n")
+    assert main(["--sweep", *map(str, files)]) == 2
+    assert "give the folder of all by --output-dir" in capsys.readouterr().err

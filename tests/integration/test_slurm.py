@@ -108,8 +108,8 @@ def test_a_job_whose_time_ends_loses_steps_or_is_not_started_again(
     tmp_path: Path, uninterrupted: str, fingerprint: Callable[..., str]
 ) -> None:
     run = tmp_path / "run"
-    # SLURM knows whole minutes, looks twice in one and tells a job half a minute earlier than asked: here at once.
-    limits = ("--tasks-per-node", "2", "--time", "1", "--signal-delay", "40")
+    # SLURM knows whole minutes, looks twice in one and tells a job half a minute early: after 2 to 32 seconds.
+    limits = ("--tasks-per-node", "2", "--time", "1", "--signal-delay", "28")
     (job,) = submit(TRAIN, *DEBUG, "--output-dir", str(run), *limits, *LONG)
     store = CheckpointStore(run / "checkpoints", read_only=True)
     wait_until(lambda: store.latest_step() is not None, "the checkpoint of the stop")

@@ -23,10 +23,12 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dinov2_equi.data.datasets.holdout import split_holdout  # noqa: E402 (after the path guard)
 from dinov2_equi.data.datasets.listed import ListedImages, read_list  # noqa: E402
-from dinov2_equi.data.samplers import SampleOrder  # noqa: E402
+from dinov2_equi.data.samplers import PositionSampler, SampleOrder  # noqa: E402
 from dinov2_equi.evaluation.results import write_results  # noqa: E402
 
 LOOKED_UP = 20_000
+FAR = 14_000_000
+"""The sample at which a resume is timed."""
 
 
 def write_list(folder: Path, count: int) -> Path:
@@ -68,6 +70,16 @@ def bytes_of_a_process(dataset: ListedImages) -> int:
     return int(os.read(reading, 64))
 
 
+def seconds_to_resume(count: int) -> float:
+    """Return how long a new order of `count` images takes for the first 64 from sample `FAR` on."""
+    started = time.perf_counter()
+    order = SampleOrder(count, seed=0)
+    step = next(iter(PositionSampler(batch_size=64, start_step=FAR // 64, num_steps=1)))
+    for position in step:
+        order.index(position)
+    return time.perf_counter() - started
+
+
 def main() -> None:
     """Measure, print, and write the numbers where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -92,6 +104,7 @@ def main() -> None:
             "stored_bytes_an_image": stored / count,
             "memory_bytes_an_image_opened": opened / count,
             "memory_bytes_an_image_in_a_loader_process": in_process / count,
+            "seconds_to_resume_at_sample_14000000": seconds_to_resume(count),
             "seconds_to_hold_back": time.perf_counter() - started,
             "shared_bytes_an_image_of_held_back_split": train.indices.nbytes / count,
         }

@@ -216,7 +216,8 @@ class TrainConfig:
 
     activation_checkpointing: str = "none"
     """`none`, or `full`: keep only the input of each block of the student and compute the rest again in the backward
-    pass. The same gradients with a fraction of the memory, for a third more time."""
+    pass. The same gradients with a fraction of the memory, for a third more time. `selective` keeps the results of
+    the linear layers too, and computes the rest again."""
 
     max_nonfinite_steps: int = 3
     """Steps in a row whose loss or gradient may be NaN or infinite. Such a step is skipped; after so many the run goes

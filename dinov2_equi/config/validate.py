@@ -202,7 +202,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "vicreg.features": ("patch_mean", "cls"),
     "train.centering": ("centering", "sinkhorn_knopp"),
     "train.device": ("auto", "cpu", "cuda"),
-    "train.activation_checkpointing": ("none", "full"),
+    "train.activation_checkpointing": ("none", "selective", "full"),
     "student.ffn_layer": ("mlp", "swiglu", "swiglufused", "identity"),
     "optim.scaling_rule": ("sqrt_wrt_1024",),
     "crops.blur": ("intended", "dinov2_released"),

@@ -92,11 +92,11 @@ def examine(dataset: ImageDataset, indices: Sequence[int]) -> Findings:
     return findings
 
 
-def suspects(indices: Sequence[int], sizes: Sizes) -> list[int]:
-    """Return the images whose headers cannot be read, or whose shape is none to be trained on."""
-    short, long = sizes.min(axis=1), sizes.max(axis=1).astype(np.int64)
-    is_suspect = (short < LEAST_SIDE_PX) | (long > GREATEST_ASPECT * short.astype(np.int64))
-    return [indices[row] for row in np.flatnonzero(is_suspect).tolist()]
+def suspected(sizes: Sizes) -> np.ndarray:
+    """Return which headers cannot be read, or tell of a shape that is none to be trained on: bool [n], of [n, 2]."""
+    short, long = sizes.min(axis=1).astype(np.int64), sizes.max(axis=1).astype(np.int64)
+    is_suspect: np.ndarray = (short < LEAST_SIDE_PX) | (long > GREATEST_ASPECT * short)
+    return is_suspect
 
 
 def report(dataset: ImageDataset, max_images: int, max_headers: int) -> list[str]:
@@ -105,19 +105,23 @@ def report(dataset: ImageDataset, max_images: int, max_headers: int) -> list[str
     count = min(max_images or len(dataset), len(dataset))
     if not isinstance(dataset, ListedImages):
         findings = examine(dataset, spread_indices(len(dataset), count))
-        return lines + describe_findings(findings) + describe_sizes(np.array(findings.sizes, np.uint32), "good ones")
-    indices, sizes = pixel_sizes(dataset, max_headers or None)
-    suspected = suspects(indices, sizes)
-    if suspected:
-        lines.append(
-            f"{len(suspected):,} of {len(indices):,} headers promise no image to train on: these are read first"
+        return (
+            lines
+            + describe_findings(findings)
+            + describe_sizes(np.array(findings.sizes, np.uint32), "pixels of the good ones")
         )
-    first = suspected[:count]
+    indices, sizes = pixel_sizes(dataset, max_headers or None)
+    is_suspect = suspected(sizes)
+    num_suspects = int(is_suspect.sum())
+    if num_suspects:
+        lines.append(f"{num_suspects:,} of {len(indices):,} headers promise no image to train on: they are read first")
+    # More of them are not named anyway.
+    first = [indices[row] for row in np.flatnonzero(is_suspect)[: min(SHOWN_BAD, count)].tolist()]
     others = sorted(set(spread_indices(len(dataset), count)) - set(first))
     kept = [others[place] for place in spread_indices(len(others), count - len(first))]
     findings = examine(dataset, sorted(first + kept))
-    readable = np.asarray(sizes[sizes.all(axis=1)])
-    return lines + describe_findings(findings) + describe_sizes(readable, f"{len(readable):,} headers")
+    good = np.asarray(sizes[~is_suspect])
+    return lines + describe_findings(findings) + describe_sizes(good, f"pixels, by {len(good):,} headers")
 
 
 def describe(dataset: ImageDataset) -> list[str]:
@@ -142,14 +146,14 @@ def describe_findings(findings: Findings) -> list[str]:
     return lines
 
 
-def describe_sizes(sizes: Sizes, source: str) -> list[str]:
+def describe_sizes(sizes: Sizes, start: str) -> list[str]:
     """Return the range of sizes [n, 2], width and height, as lines of text; none where there are none."""
     if not len(sizes):
         return []
     short = sizes.min(axis=1)
     small = int((short < GLOBAL_CROP_PX).sum())
     return [
-        f"pixels, by {source}: width {_span(sizes[:, 0])}, height {_span(sizes[:, 1])}, shorter side {_span(short)}, "
+        f"{start}: width {_span(sizes[:, 0])}, height {_span(sizes[:, 1])}, shorter side {_span(short)}, "
         f"median {np.median(short):g}; {small:,} with a shorter side below the {GLOBAL_CROP_PX} of a global crop"
     ]
 
@@ -213,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    print(f"crops to look at: {args.sheet}")
+    print(f"crops to look at, in a row an image, its 2 global and its 8 local crops: {args.sheet}")
     return 0
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from dinov2_equi.layers.block import LAYER_NORM_EPS, Block
 from dinov2_equi.layers.mlp import Mlp
@@ -31,6 +32,16 @@ FFN_LAYERS: dict[str, Callable[..., nn.Module]] = {
     "swiglufused": SwiGLUFFN,
     "identity": _identity_ffn,
 }
+
+
+_PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+
+
+def _products_context() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return the contexts of `checkpoint` that keep the results of linear layers."""
+    contexts: tuple[AbstractContextManager[None], AbstractContextManager[None]]
+    contexts = create_selective_checkpoint_contexts(_PRODUCTS)
+    return contexts
 
 
 class DinoVisionTransformer(nn.Module):
@@ -119,6 +130,7 @@ class DinoVisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(group_blocks(blocks, block_chunks))
         self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         self.checkpoint_blocks = False  # True: blocks keep their input alone, and run again in the backward pass
+        self.keep_products = False  # and keep also the results of matrix products, which then do not run again
         self.head: nn.Module = nn.Identity()
         self.init_weights()
 
@@ -282,8 +294,9 @@ class DinoVisionTransformer(nn.Module):
 
     def _run_block(self, block: nn.Module, x: Tensor, layout: TokenLayout) -> Tensor:
         if self.checkpoint_blocks and torch.is_grad_enabled():
+            kept_products = _products_context if self.keep_products else noop_context_fn
             # Draws the same images to drop when it runs again.
-            kept: Tensor = checkpoint(block, x, layout, use_reentrant=False)
+            kept: Tensor = checkpoint(block, x, layout, use_reentrant=False, context_fn=kept_products)
             return kept
         out: Tensor = block(x, layout)
         return out

@@ -15,9 +15,10 @@ logger = logging.getLogger(__name__)
 _PROBE_LAYOUT = ((2, 5),)  # two images of five tokens
 
 
-def checkpoint_activations_(model: SSLMetaArch) -> None:
-    """Let the student's backbone keep the input of each block alone for its backward pass."""
+def checkpoint_activations_(model: SSLMetaArch, *, keep_products: bool = False) -> None:
+    """Let the student's backbone keep the input of each block alone (and products) for its backward pass."""
     model.student["backbone"].checkpoint_blocks = True  # type: ignore[assignment]
+    model.student["backbone"].keep_products = keep_products  # type: ignore[assignment]
 
 
 def compile_blocks_(model: SSLMetaArch, device: torch.device) -> bool:

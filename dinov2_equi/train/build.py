@@ -215,8 +215,8 @@ def build_state(cfg: Config, derived: Derived, device: torch.device, *, resumes:
     """
     plan = plan_sharding(cfg, device)
     model = build_without_memory(cfg) if plan else _with_initial_weights(cfg, resumes=resumes).to(device)
-    if cfg.train.activation_checkpointing == "full":
-        checkpoint_activations_(model)
+    if cfg.train.activation_checkpointing != "none":
+        checkpoint_activations_(model, keep_products=cfg.train.activation_checkpointing == "selective")
     if cfg.train.compile:
         compile_blocks_(model, device)
     if plan:

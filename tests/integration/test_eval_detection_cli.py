@@ -89,6 +89,29 @@ def test_curve_or_its_picture_is_missing(tmp_path: Path, script: ModuleType, fol
     assert found[0] == found[1]
 
 
+def test_other_steps_of_measurement_are_refused_by_a_stopped_training(
+    tmp_path: Path, script: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured before the stop stays on the curve; steps that were left out are not made up for."""
+    words = (*TINY, *RECIPE, "detector=linear")
+    rest = ("--data", str(folder), "--output", str(tmp_path))
+    losses, calls = script.DetectionModel.losses, 0
+
+    def stopped(*arguments: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return losses(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script.DetectionModel, "losses", stopped)
+        assert script.main([*words, "curve_every=1", *rest]) == 130
+    assert script.main([*words, "curve_every=3", *rest]) == 0
+    (numbers,) = json.loads((tmp_path / "results.json").read_text())["numbers"].values()
+    assert numbers["curve"]["step"] == [1, 2, 3, 4]
+
+
 def test_files_that_lie_elsewhere(tmp_path: Path, script: ModuleType, folder: Path) -> None:
     sets = [(str(folder / f"annotations/instances_{s}.json"), str(folder / s)) for s in ("train", "val")]
     words = ("steps=2", "detector=retinanet", "--train", *sets[0], "--val", *sets[1], "--output", str(tmp_path))

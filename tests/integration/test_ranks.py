@@ -252,6 +252,39 @@ def test_sharded_parameters_make_another_run(
     assert names == {f"model-{rank:05d}-of-{world_size:05d}.safetensors" for rank in range(world_size)}
 
 
+@pytest.mark.parametrize("kept", ["full", "selective"])
+def test_recomputed_activations_of_sharded_blocks_make_another_run(
+    kept: str, single: Callable[[str], Path], tmp_path: Path, lean_run: Run
+) -> None:
+    words = (*with_centering("sinkhorn_knopp"), *sharded("FULL_SHARD"), f"train.activation_checkpointing={kept}")
+    assert run_on(2, lean_run, tmp_path, *words) == [0, 0]
+    assert_same_run(single("sinkhorn_knopp"), tmp_path)
+
+
+def test_sharded_blocks_as_they_are_traced_make_another_run(
+    single: Callable[[str], Path], tmp_path: Path, lean_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without a compiler behind it: what one makes of a graph is its own affair.
+    compile_in_earnest = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, **kw: compile_in_earnest(module, backend="eager", **kw))
+    words = (*with_centering("sinkhorn_knopp"), *sharded("SHARD_GRAD_OP"), "train.compile=true")
+    assert run_on(2, lean_run, tmp_path, *words) == [0, 0]
+    assert "blocks are compiled" in (tmp_path / "logs" / "log.txt").read_text()
+    assert_same_run(single("sinkhorn_knopp"), tmp_path)
+
+
+def test_a_machine_without_a_c_compiler_ends_a_sharded_run(
+    single: Callable[[str], Path], tmp_path: Path, lean_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "no_compiler"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (str(tmp_path / "no_compiler"),))
+    words = (*with_centering("sinkhorn_knopp"), *sharded("SHARD_GRAD_OP"), "train.compile=true")
+    assert run_on(2, lean_run, tmp_path / "run", *words) == [0, 0]
+    assert "No working C++ compiler found" in (tmp_path / "run" / "logs" / "log.txt").read_text()
+    assert_same_run(single("sinkhorn_knopp"), tmp_path / "run")
+
+
 def test_pictures_an_evaluation_and_a_save_after_one_step_wait_for_each_other(tmp_path: Path, debug_run: Run) -> None:
     words = ("train.async_checkpoint=true", "logging.pictures_every_steps=10", "evaluation.eval_period_iterations=10")
     words = (*sharded("SHARD_GRAD_OP"), EVERY_10, "train.batch_size_per_gpu=4", "logging.report=false", *words)

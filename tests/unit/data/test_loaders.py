@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from torch._utils import ExceptionWrapper
+from torch.utils.data import DataLoader
 
 from dinov2_equi.data.augmentations import DataAugmentationDINO
 from dinov2_equi.data.bad_images import TooManyBadImagesError
@@ -21,6 +22,7 @@ from dinov2_equi.data.datasets.folder import ImageFolder
 from dinov2_equi.data.datasets.synthetic import SyntheticImages
 from dinov2_equi.data.loaders import MultiCropDataset, make_train_loader
 from dinov2_equi.data.masking import MaskingGenerator
+from dinov2_equi.data.samplers import SampleOrder
 
 
 @pytest.fixture(autouse=True)
@@ -87,20 +89,83 @@ def test_two_processes_take_together_the_images_of_one() -> None:
         assert torch.equal(one, two)
 
 
-def test_each_epoch_shows_each_image_once() -> None:
-    class Numbered(SyntheticImages):
-        """Image i is of one colour, i."""
+class Numbered(SyntheticImages):
+    """Image i is of one colour, whose three bytes are i."""
 
-        def load(self, index: int) -> Image.Image:
-            return Image.new("RGB", (8, 8), (index,) * 3)
+    def load(self, index: int) -> Image.Image:
+        return Image.new("RGB", (8, 8), (index >> 16, index >> 8 & 255, index & 255))
 
-    plain = DataAugmentationDINO(
+
+def plain_augmentation() -> DataAugmentationDINO:
+    """Return one that leaves the colour of an image as it is."""
+    return DataAugmentationDINO(
         (1, 1), (1, 1), 0, 8, 8, jitter_prob=0, gray_prob=0, global_blur_probs=(0, 0), solarize_prob=0
     )
-    dataset = MultiCropDataset(Numbered(7), plain, seed=0)
-    shown = [round(float(dataset[position].crops.global_crops.mean()) * 255) for position in range(14)]
-    assert sorted(shown[:7]) == sorted(shown[7:]) == list(range(7))
-    assert shown[:7] != shown[7:]
+
+
+def shown(images: torch.Tensor) -> list[int]:
+    """Return the numbers of `Numbered` images [B, 3, H, W]."""
+    red, green, blue = (images.mean(dim=(2, 3)) * 255).round().int().unbind(1)
+    return (red * 65536 + green * 256 + blue).tolist()
+
+
+def test_each_epoch_shows_each_image_once() -> None:
+    dataset = MultiCropDataset(Numbered(7), plain_augmentation(), seed=0)
+    numbers = [shown(dataset[position].crops.global_crops[:1])[0] for position in range(14)]
+    assert sorted(numbers[:7]) == sorted(numbers[7:]) == list(range(7))
+    assert numbers[:7] != numbers[7:]
+
+
+FAR, LARGE = 14_000_000, 1_281_167
+"""A sample in the eleventh epoch of as many images as ImageNet-1k has."""
+
+
+def far_loader(num_workers: int, rank: int = 0, world_size: int = 1) -> DataLoader[Batch]:
+    """Return the loader of two steps of eight images from sample `FAR` on."""
+    return make_train_loader(
+        dataset=Numbered(LARGE),
+        augmentation=plain_augmentation(),
+        mask_generator=MaskingGenerator((1, 1)),
+        mask_probability=0.5,
+        mask_ratio_min_max=(0.1, 0.5),
+        batch_size=8 // world_size,
+        num_workers=num_workers,
+        seed=5,
+        start_step=FAR // 8,
+        num_steps=2,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def far_numbers(num_workers: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+    batches = far_loader(num_workers, rank, world_size)
+    return [shown(batch.global_crops[: 8 // world_size]) for batch in batches]
+
+
+def test_a_resume_replays_the_samples_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    index = SampleOrder.index
+    monkeypatch.setattr(SampleOrder, "index", lambda order, position: asked.append(position) or index(order, position))
+    opened: list[int] = []
+    load = Numbered.load
+    monkeypatch.setattr(Numbered, "load", lambda images, number: opened.append(number) or load(images, number))
+    far_numbers(num_workers=0)
+    assert asked == list(range(FAR, FAR + 16))
+    order = SampleOrder(LARGE, seed=5)
+    assert opened == [index(order, position) for position in range(FAR, FAR + 16)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 4])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_workers_or_processes_change_the_images_of_a_resume(num_workers: int) -> None:
+    order = SampleOrder(LARGE, seed=5)
+    numbers = [order.index(position) for position in range(FAR, FAR + 16)]
+    assert len(set(numbers)) == 16
+    assert far_numbers(num_workers) == [numbers[:8], numbers[8:]]
+    if num_workers in (0, 2):
+        ranks = [far_numbers(num_workers, rank, world_size=2) for rank in range(2)]
+        assert [one + other for one, other in zip(*ranks, strict=True)] == [numbers[:8], numbers[8:]]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -154,6 +154,20 @@ def test_another_number_of_processes_takes_the_same_images_in_each_step() -> Non
     assert one == [[position for rank in four for position in rank[step]] for step in range(2)]
 
 
+@pytest.mark.parametrize("num_samples", [32, 37])
+def test_a_rank_sees_the_same_part_of_the_images_in_each_epoch(num_samples: int) -> None:
+    # 32 images are four steps of eight: a rank stands at the same places of each epoch. An image stays unseen by a rank
+    # for 100 epochs in one of 1e12 seeds, of 128 pairs of rank and image.
+    order = SampleOrder(num_samples, seed=0)
+    for rank in range(4):
+        steps = PositionSampler(batch_size=2, start_step=0, num_steps=100 * num_samples // 8, rank=rank, world_size=4)
+        seen = [order.index(position) for step in steps for position in step]
+        counts = np.bincount(seen, minlength=num_samples)
+        assert counts.min() > 0
+        # A quarter of 100 epochs each; six standard deviations of a binomial.
+        assert np.abs(counts - 25).max() < 6 * math.sqrt(100 * 0.25 * 0.75)
+
+
 @pytest.mark.parametrize(
     "changes", [{"batch_size": 0}, {"start_step": -1}, {"num_steps": -1}, {"rank": 2, "world_size": 2}, {"rank": -1}]
 )

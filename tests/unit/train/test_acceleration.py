@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from dinov2_equi.config.schema import Config
 from dinov2_equi.data.batch import Batch
@@ -33,12 +34,13 @@ def model(make_config: MakeConfig) -> SSLMetaArch:
     return SSLMetaArch(make_config("student.drop_path_rate=0.3", "equi.layer=1"))
 
 
+@pytest.mark.parametrize("keep_products", [False, True])
 def test_recomputed_activations_give_other_gradients(
-    model: SSLMetaArch, make_batch: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+    keep_products: bool, model: SSLMetaArch, make_batch: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = make_batch(model.cfg)
     expected = gradients(model, batch)
-    checkpoint_activations_(model)
+    checkpoint_activations_(model, keep_products=keep_products)
     calls = []
     original = Block.forward
     monkeypatch.setattr(Block, "forward", lambda block, *args: calls.append(1) or original(block, *args))
@@ -47,6 +49,17 @@ def test_recomputed_activations_give_other_gradients(
     assert len(calls) >= 3 * depth  # student forward and again, teacher
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
+def test_kept_products_are_computed_again(model: SSLMetaArch, make_batch: Callable[..., Batch]) -> None:
+    batch = make_batch(model.cfg)
+    flops = []
+    for keep_products in (True, False):
+        checkpoint_activations_(model, keep_products=keep_products)
+        with FlopCounterMode(display=False) as counter:
+            gradients(model, batch)
+        flops.append(counter.get_total_flops())
+    assert flops[0] < flops[1]
 
 
 def test_compiled_blocks_give_other_gradients_or_names(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
 
@@ -65,6 +65,22 @@ def shard_(
         register_fsdp_forward_method(module, name)
     # Class and patch tokens are views of one tensor. What FSDP warns of, once a process, is to change them in place.
     warnings.filterwarnings("ignore", message=rf"FSDP2-wrapped module \({type(module).__name__}\) returned a view")
+
+
+def keep_gathered_after_backward(module: nn.Module, is_kept: bool) -> None:
+    """Say whether a module keeps its whole parameters after a backward pass, for a forward pass that follows at once.
+
+    Gradients are shared out after every backward pass nevertheless: whole ones are what sharding spares.
+
+    Args:
+        module: sharded or not, just after its forward pass. One that let its parameters go there has not the memory to
+            keep them, and does not.
+        is_kept: say False before the last backward pass.
+    """
+    if not isinstance(module, FSDPModule):
+        return
+    holds_whole = not any(is_sharded(p) for p in module.parameters())
+    module.set_reshard_after_backward(not (is_kept and holds_whole))
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import signal
 import sys
 from collections.abc import Callable
 
 import torch
 
+from dinov2_equi.data.signals import end_workers
 from dinov2_equi.fsdp.manifest import CheckpointError
 from dinov2_equi.run import job
 from dinov2_equi.run.allocator import keep_freed_memory
@@ -60,6 +62,8 @@ def run_command(
         interrupted: what is said after Ctrl-C.
     """
     keep_freed_memory()
+    atexit.unregister(end_workers)  # once, also where a process runs several commands
+    atexit.register(end_workers)
     try:
         for name in (getattr(args, "device", "cpu"), *getattr(args, "knn_devices", ())):
             check_device(name)

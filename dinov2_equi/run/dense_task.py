@@ -97,6 +97,9 @@ class DenseTask(ABC, Generic[SettingsT, DataT, ModelT]):
     def check_libraries(self, args: argparse.Namespace) -> None:
         """Raise ImportError where a library is missing: before an hour of training, not after it."""
 
+    def check_arguments(self, args: argparse.Namespace) -> None:
+        """Raise ValueError for a command line that this task cannot do: before a job waits in a queue for it."""
+
     def memory_advice(self, settings: SettingsT) -> str:
         """Return which settings to lower where memory runs out."""
         return f"lower batch_size (now {settings.batch_size}), or take smaller crops or images, by --set"
@@ -227,12 +230,13 @@ def read_task_settings(task: AnyTask, args: argparse.Namespace) -> Any:
     """Return the checked settings that the command line names.
 
     Raises:
-        ValueError: settings out of range, or of another kind.
+        ValueError: settings out of range, or of another kind, or a command line that the task cannot do.
         OSError: a file cannot be read.
         ImportError: a library is missing.
     """
     settings = read_settings(task.settings, args.config, args.set)
     settings.check()
+    task.check_arguments(args)
     task.check_libraries(args)
     return settings
 

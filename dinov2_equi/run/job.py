@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 from dinov2_equi.data.signals import STOP_SIGNALS
+from dinov2_equi.run.start_job import KEPT_WAITING
 
 ROOT = Path(__file__).resolve().parents[2]
 EXIT_STOPPED = 75
@@ -58,6 +59,7 @@ class CommandJob:
 
         for number in STOP_SIGNALS:
             signal.signal(number, queue_again)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, KEPT_WAITING)
         os.environ |= {
             "WORLD_SIZE": str(job.num_tasks),
             "RANK": str(job.global_rank),

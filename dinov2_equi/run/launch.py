@@ -120,6 +120,14 @@ def allocation_of(args: argparse.Namespace) -> Allocation:
     )
 
 
+def num_processes(args: argparse.Namespace) -> int:
+    """Return how many processes run a command: those of the job that it asks for, else those that there are."""
+    if is_for_slurm(args):
+        allocation = allocation_of(args)
+        return allocation.nodes * allocation.tasks_per_node
+    return get_world_size()
+
+
 def run_launched(
     command: Callable[[argparse.Namespace], int],
     parser: argparse.ArgumentParser,
@@ -272,7 +280,10 @@ def _executor(output_dir: Path, allocation: Allocation, script: Path) -> Any:
         raise ValueError("sbatch was not found: --launcher slurm works on a machine of a SLURM cluster")
     folder = output_dir / FOLDER
     _copy_code(folder / CODE, script)
-    executor = submitit.SlurmExecutor(folder=folder)
+    start = folder / CODE / "dinov2_equi" / "run" / "start_job.py"
+    executor = submitit.SlurmExecutor(
+        folder=folder, python=f"{shlex.quote(sys.executable)} -u {shlex.quote(str(start))}"
+    )
     executor.update_parameters(**_parameters(allocation, name=output_dir.name, code=folder / CODE))
     return executor
 

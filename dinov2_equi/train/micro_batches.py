@@ -17,6 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from dinov2_equi.fsdp.sharding import keep_gathered_after_backward
 from dinov2_equi.layers.block import MicroBatch
 from dinov2_equi.models.vision_transformer import DinoVisionTransformer, Features
 
@@ -90,6 +91,7 @@ class BackbonePass:
     def _backward_part(self, part: MicroBatch) -> None:
         with self._precision():
             outputs = self._run_part(part)
+        keep_gathered_after_backward(self._backbone, part.index + 1 < part.count)  # the next part needs them again
         pairs = [
             (output, _part_of(leaf.grad, part))
             for output, leaf in zip(outputs, self._leaves, strict=True)

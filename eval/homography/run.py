@@ -43,9 +43,10 @@ from dinov2_equi.evaluation.results import folder_name, write_results
 from dinov2_equi.logging.console import get_console
 from dinov2_equi.logging.setup import setup_logging
 from dinov2_equi.run import launch
-from dinov2_equi.run.command import EXIT_DONE, add_device, command_parser
+from dinov2_equi.run.command import EXIT_DONE, add_device
 from dinov2_equi.run.launch import shown_progress
 from dinov2_equi.run.load import FORMS, load_eval_models
+from dinov2_equi.run.options_file import OptionsFileParser
 from dinov2_equi.train.stopping import RunStopped, StopRequest
 
 RESULTS_FILE, FIGURE_FILE = "results.json", "pairs.png"
@@ -62,7 +63,7 @@ Numbers = dict[str, Any]
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = command_parser(__doc__)
+    parser = OptionsFileParser(__doc__)
     add = parser.add_argument
     add("--weights", nargs="+", required=True, metavar="WEIGHTS", help=f"one or several of: {FORMS}")
     pairs, own = PairSettings(), HomographySettings()

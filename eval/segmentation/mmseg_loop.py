@@ -56,7 +56,10 @@ class PositionedTrainLoop(IterBasedTrainLoop):
         """Train, and return the model."""
         done = itertools.repeat(None, self._iter)  # taken and ignored by mmengine's loop
         self.dataloader_iterator = itertools.chain(done, self.dataloader_iterator)
-        return super().run()
+        try:
+            return super().run()
+        finally:
+            self.dataloader_iterator = iter(())  # its loader processes end; the runner would keep them to the exit
 
     def run_iter(self, data_batch: dict[str, Any]) -> None:
         """Make a step."""

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from dinov2_equi.data.datasets.segmentation_sets import IGNORE, SegmentationSet
 from dinov2_equi.data.samplers import PositionSampler
-from dinov2_equi.distributed.env import get_world_size
+from dinov2_equi.data.signals import start_worker
 from dinov2_equi.evaluation.dense.segmentation import HEADS
 from dinov2_equi.evaluation.dense.training import full_identity, parameter_groups, trained_state
 from dinov2_equi.evaluation.eval_model import EvalModel, check_photographs
@@ -152,12 +152,9 @@ def run_mmseg(task: AnyTask, args: argparse.Namespace) -> str:
     """Train, measure and write everything, as `train_and_measure` does; return the table as text.
 
     Raises:
-        ValueError: several processes, a checkpoint of another training or with more in it than plain values, or a loss
-            that is not finite.
+        ValueError: a checkpoint of another training or with more in it than plain values, or a loss that is not finite.
         RunStopped: on a signal, once the step is finished and saved.
     """
-    if get_world_size() > 1:
-        raise ValueError(f"--framework mmseg runs in one process, got {get_world_size()}; take --framework torch")
     settings: MmsegSettings = read_task_settings(task, args)
     train, val = task.load_data(args)
     backbone = load_eval_model(args.weights, seed=settings.seed).to(args.device)
@@ -227,7 +224,11 @@ def _data(args: argparse.Namespace, settings: MmsegSettings, data: Split, step: 
     """Return the runner's arguments about data, loops and measures; training begins with a step, counted from 0."""
     train, val = data
     sampler = PositionSampler(batch_size=settings.batch_size, start_step=step, num_steps=settings.steps - step)
-    loading: dict[str, Any] = {"num_workers": args.num_workers, "collate_fn": pseudo_collate}
+    loading: dict[str, Any] = {
+        "num_workers": args.num_workers,
+        "collate_fn": pseudo_collate,
+        "worker_init_fn": start_worker,
+    }
     return {
         "train_dataloader": DataLoader(TrainingCrops(settings, train), batch_sampler=sampler, **loading),
         "train_cfg": {"type": PositionedTrainLoop, "settings": settings},

@@ -41,6 +41,7 @@ from dinov2_equi.evaluation.dense.settings import read_settings
 from dinov2_equi.evaluation.dense.training import Losses
 from dinov2_equi.evaluation.eval_model import EvalModel
 from dinov2_equi.run.dense_task import AnyTask, DenseTask, TaskRun, run_dense_task
+from dinov2_equi.run.launch import num_processes
 from eval.segmentation.mmseg_settings import MASK2FORMER, MmsegSettings
 
 TORCH, MMSEG = "torch", "mmseg"
@@ -135,6 +136,16 @@ class MmsegTask(SegmentationTask):
                 f"--framework mmseg: {error}; install it by pip install -r eval/segmentation/requirements.txt, or take "
                 "--framework torch"
             ) from error
+
+    def check_arguments(self, args: argparse.Namespace) -> None:
+        """Refuse several processes, here or in a job.
+
+        Raises:
+            ValueError: says how many.
+        """
+        count = num_processes(args)
+        if count > 1:
+            raise ValueError(f"--framework mmseg runs in one process, got {count}; take --framework torch")
 
 
 TASKS: dict[str, SegmentationTask] = {TORCH: SegmentationTask(), MMSEG: MmsegTask()}

@@ -42,9 +42,10 @@ from dinov2_equi.evaluation.video_segmentation import (
 from dinov2_equi.logging.console import get_console
 from dinov2_equi.logging.setup import setup_logging
 from dinov2_equi.run import launch
-from dinov2_equi.run.command import EXIT_DONE, add_device, command_parser
+from dinov2_equi.run.command import EXIT_DONE, add_device
 from dinov2_equi.run.launch import shown_progress
 from dinov2_equi.run.load import FORMS, load_eval_models
+from dinov2_equi.run.options_file import OptionsFileParser
 from dinov2_equi.train.stopping import RunStopped, StopRequest
 
 RESULTS_FILE = "results.json"
@@ -57,7 +58,7 @@ Numbers = dict[str, Any]
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = command_parser(__doc__)
+    parser = OptionsFileParser(__doc__)
     add = parser.add_argument
     add("--weights", nargs="+", required=True, metavar="WEIGHTS", help=f"one or several of: {FORMS}")
     data = parser.add_argument_group("clips").add_argument

@@ -187,3 +187,12 @@ def test_a_fault_of_the_dense_measurement_is_not_said_plainly(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("path", sorted((SCRIPT.parent / "configs").iterdir()), ids=lambda path: path.name)
+def test_a_config_beside_the_script_is_refused(script: ModuleType, path: Path) -> None:
+    assert path.read_text().startswith("# Purpose   ")
+    words = ["--weights", "x", "--data", "x"]
+    found = script.homography_settings(script.get_parser().parse_args([*words, "--config", str(path)]))
+    is_default = found == script.homography_settings(script.get_parser().parse_args(words))
+    assert is_default == (path.stem == "s_coco")

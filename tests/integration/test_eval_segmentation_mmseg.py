@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -40,6 +41,7 @@ from dinov2_equi.evaluation.dense.training import LoopSettings, parameter_groups
 from dinov2_equi.evaluation.eval_model import EvalModel
 from dinov2_equi.evaluation.model import RawPixels, random_backbone
 from dinov2_equi.evaluation.summary import headline_numbers
+from dinov2_equi.run import launch
 from eval.segmentation import mmseg_loop, mmseg_parts, mmseg_run
 from eval.segmentation.mask2former import mask2former_head
 from eval.segmentation.mmseg_settings import MmsegSettings
@@ -412,6 +414,28 @@ def test_missing_mmdet_gives_a_traceback(
     monkeypatch.setitem(sys.modules, "mmdet.models", None)
     words = (*TINY, *MASK2FORMER, "--data", str(folder), "--output", str(tmp_path / "out"))
     assert_refused(script, words, "pip install -r eval/segmentation/requirements.txt, or take --framework torch")
+
+
+def test_loader_processes_outlive_the_run(tmp_path: Path, script: ModuleType, folder: Path) -> None:
+    before = multiprocessing.active_children()
+    words = (*TINY, *RECIPE, "steps=2", "--data", str(folder), "--output", str(tmp_path), "--num-workers", "1")
+    assert script.main([*words]) == 0
+    assert multiprocessing.active_children() == before
+
+
+def test_several_processes_are_asked_for(
+    tmp_path: Path,
+    script: ModuleType,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    assert_refused: Callable[..., None],
+) -> None:
+    words = (*TINY, *RECIPE, "--data", str(folder), "--output", str(tmp_path / "out"))
+    message = "--framework mmseg runs in one process, got 4; take --framework torch"
+    assert_refused(script, (*words, "--nodes", "2", "--tasks-per-node", "2"), message)
+    monkeypatch.setattr(launch, "get_world_size", lambda: 4)
+    assert_refused(script, words, message)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

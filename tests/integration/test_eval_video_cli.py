@@ -180,3 +180,12 @@ def test_a_fault_of_the_input_is_not_said_plainly_or_leaves_files(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("path", sorted((SCRIPT.parent / "configs").iterdir()), ids=lambda path: path.name)
+def test_a_config_beside_the_script_is_refused_or_says_other_than_the_defaults(script: ModuleType, path: Path) -> None:
+    assert path.read_text().startswith("# Purpose   ")
+    words = ["--weights", "x", "--data", "x"]
+    read = script.get_parser().parse_args([*words, "--config", str(path)])
+    plain = script.get_parser().parse_args([*words, "--dataset", read.dataset])
+    assert read.dataset == path.stem and script.video_settings(read) == script.video_settings(plain)

@@ -235,6 +235,7 @@ def test_too_many_bad_images_stop_one_process_and_the_others_wait_for_ever(
     ("world_size", "strategy", "parts"),
     [
         (2, "SHARD_GRAD_OP", 1),
+        (2, "SHARD_GRAD_OP", 2),
         (2, "FULL_SHARD", 2),
         (4, "hybrid", 1),
         pytest.param(4, "SHARD_GRAD_OP", 1, marks=pytest.mark.slow),

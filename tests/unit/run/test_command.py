@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import signal
 from collections.abc import Callable
 
 import pytest
 import torch
 
+from dinov2_equi.data.signals import end_workers
 from dinov2_equi.fsdp.manifest import CheckpointError
 from dinov2_equi.run.command import command_parser, run_command
 from dinov2_equi.train.stopping import RunStopped
@@ -78,3 +80,12 @@ def test_fault_of_ours_is_hidden() -> None:
 def test_help_breaks_the_lines_of_an_example() -> None:
     shown = command_parser("What it does.\n\n    python x.py --flag\n").format_help()
     assert "\n    python x.py --flag\n" in shown and "exit codes: 0 done" in shown
+
+
+def test_command_leaves_loader_processes_that_keep_it_from_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_exit: list[Callable[[], None]] = []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    monkeypatch.setattr(atexit, "unregister", lambda _: at_exit.clear())
+    for _ in range(2):
+        assert run_command(lambda _: 0, argparse.Namespace()) == 0
+    assert at_exit == [end_workers]

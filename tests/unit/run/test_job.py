@@ -15,6 +15,7 @@ import pytest
 from dinov2_equi.data.signals import STOP_SIGNALS
 from dinov2_equi.run import job as job_module
 from dinov2_equi.run.job import CommandJob
+from dinov2_equi.run.start_job import KEPT_WAITING
 
 
 class FakeJob:
@@ -44,6 +45,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list
         monkeypatch.setenv(name, "before")  # put back after the test
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield found
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, KEPT_WAITING)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -78,6 +80,14 @@ def test_a_relative_path_is_looked_for_in_the_copy_of_the_code(
     job()
     assert (tmp_path / "here").is_file() and not calls
     assert CommandJob(Path("eval/run.py"), []).folder == tmp_path
+
+
+def test_a_signal_while_python_starts_ends_the_job_for_good(tmp_path: Path, calls: list[list[str]]) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, KEPT_WAITING)
+    os.kill(os.getpid(), signal.SIGUSR2)
+    with pytest.raises(SystemExit):
+        job_of(tmp_path, "return 0")()
+    assert calls == [["scontrol", "requeue", "17_0"]]
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])

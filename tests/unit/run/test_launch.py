@@ -66,7 +66,8 @@ class RecordingExecutor:
     job: launch.CommandJob
     jobs: ClassVar[list[launch.CommandJob]] = []
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, python: str) -> None:
+        assert Path(python.split()[-1]).is_file()
         type(self).parameters = {"folder": folder}
 
     def update_parameters(self, **parameters: Any) -> None:

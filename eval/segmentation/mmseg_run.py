@@ -29,7 +29,14 @@ from dinov2_equi.evaluation.dense.training import full_identity, parameter_group
 from dinov2_equi.evaluation.eval_model import EvalModel, check_photographs
 from dinov2_equi.logging.progress import training_progress
 from dinov2_equi.logging.setup import setup_logging
-from dinov2_equi.run.dense_task import AnyTask, TaskRun, identity_of, read_task_settings, write_outputs
+from dinov2_equi.run.dense_task import (
+    AnyTask,
+    TaskRun,
+    explained_memory,
+    identity_of,
+    read_task_settings,
+    write_outputs,
+)
 from dinov2_equi.run.load import load_eval_model
 from dinov2_equi.train.stopping import RunStopped, StopRequest
 from eval.segmentation.mask2former import mask2former_head
@@ -152,7 +159,8 @@ def run_mmseg(task: AnyTask, args: argparse.Namespace) -> str:
     """Train, measure and write everything, as `train_and_measure` does; return the table as text.
 
     Raises:
-        ValueError: a checkpoint of another training or with more in it than plain values, or a loss that is not finite.
+        ValueError: a checkpoint of another training or with more in it than plain values, a loss that is not finite, or
+            too little memory.
         RunStopped: on a signal, once the step is finished and saved.
     """
     settings: MmsegSettings = read_task_settings(task, args)
@@ -161,7 +169,8 @@ def run_mmseg(task: AnyTask, args: argparse.Namespace) -> str:
     check_photographs(backbone)
     identity = identity_of(task, args, backbone, settings, train)
     setup_logging(args.output)
-    with torch.random.fork_rng(devices=[]), StopRequest().listening() as stop:
+    memory = explained_memory(task.memory_advice(settings))
+    with memory, torch.random.fork_rng(devices=[]), StopRequest().listening() as stop:
         runner = _runner(args, settings, backbone, (train, val), _Training(full_identity(identity, settings), stop))
         losses = _train(runner, settings)
         found = _measure(runner, settings, val, stop)

@@ -404,6 +404,21 @@ def test_wrong_input_gives_a_traceback(
     assert_refused(script, given, message)
 
 
+def test_exhausted_memory_gives_no_advice(
+    script: ModuleType,
+    folder: Path,
+    tmp_path: Path,
+    assert_refused: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def exhausted(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(mmseg_parts.PaddedEncoderDecoder, "loss", exhausted)
+    words = (*TINY, *RECIPE, "--data", str(folder), "--output", str(tmp_path / "out"))
+    assert_refused(script, words, "there is not enough memory: lower batch_size (now 4)")
+
+
 def test_missing_mmdet_gives_a_traceback(
     script: ModuleType,
     folder: Path,

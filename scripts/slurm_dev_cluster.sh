@@ -32,7 +32,7 @@ NUM_NODES=${SLURM_DEV_NODES:-2}
 CPUS=${SLURM_DEV_CPUS:-$(nproc)}
 HOST=$(hostname -s)
 SOCKET=$DIR/munge/munge.socket
-MARK="# slurm_dev_cluster.sh in $DIR"
+MARK="# slurm_dev_cluster.sh in [$DIR]"
 export SLURM_CONF=$DIR/slurm.conf
 export PATH=$PATH:/usr/sbin:/sbin  # of daemons; a user's shell may lack them
 
@@ -124,6 +124,8 @@ write_config() {
   {
     printf '%s\n' ClusterName=dev "SlurmctldHost=$HOST(127.0.0.1)" "SlurmctldPort=$CONTROLLER_PORT" \
       SlurmUser=root SlurmdUser=root AuthType=auth/munge CryptoType=crypto/munge \
+      "# Several clusters on one machine: the ports at which tasks meet are made from the numbers of their jobs." \
+      "FirstJobId=$((1 + RANDOM % 20000))" \
       "# A job that is queued again waits until its credentials have expired: 120 s unless told otherwise." \
       "AuthInfo=socket=$SOCKET,cred_expire=6" MpiDefault=none ProctrackType=proctrack/linuxproc TaskPlugin=task/none \
       SwitchType=switch/none SelectType=select/cons_tres SelectTypeParameters=CR_CPU \

@@ -114,7 +114,9 @@ def report(dataset: ImageDataset, max_images: int, max_headers: int) -> list[str
     is_suspect = suspected(sizes)
     num_suspects = int(is_suspect.sum())
     if num_suspects:
-        lines.append(f"{num_suspects:,} of {len(indices):,} headers promise no image to train on: they are read first")
+        lines.append(
+            f"{num_suspects:,} of {len(indices):,} headers promise no image to train on; {SHOWN_BAD} at most are read"
+        )
     # More of them are not named anyway.
     first = [indices[row] for row in np.flatnonzero(is_suspect)[: min(SHOWN_BAD, count)].tolist()]
     others = sorted(set(spread_indices(len(dataset), count)) - set(first))

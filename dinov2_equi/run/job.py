@@ -24,6 +24,7 @@ EXIT_STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: a signal stopped the command, which is to be tried again. For SLURM's RequeueExit."""
 _FIRST_PORT, _NUM_PORTS = 20000, 20000
 _KILLED_WITHIN_S = 300
+_FIRST_TASK_WITHIN_S = 20
 
 
 class CommandJob:
@@ -77,17 +78,21 @@ class CommandJob:
 
 
 def _queue_again(job: Any) -> None:
-    """Queue a job again and wait for SLURM to end this task; return where it was cancelled or SLURM refused."""
+    """Queue a job again and wait for SLURM to end this task; return where it was cancelled or SLURM refused.
+
+    The first task does it. Where it has not, because it waits for this one in the middle of a start, another one does.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with which SLURM ends the tasks, or kills them much later
-    if job.global_rank == 0:
-        if _is_cancelled(job.job_id):
-            os.write(1, f"job {job.job_id} was cancelled and is not queued again\n".encode())
-            return
-        os.write(1, f"queueing job {job.job_id} again\n".encode())  # also in the middle of a log line
-        if subprocess.run(["scontrol", "requeue", job.job_id], check=False).returncode:
-            return
+    if job.global_rank:
+        time.sleep(_FIRST_TASK_WITHIN_S)
+    if _is_cancelled(job.job_id):
+        os.write(1, f"SLURM is ending job {job.job_id}, which is not queued again from here\n".encode())
+        return
+    os.write(1, f"queueing job {job.job_id} again\n".encode())  # also in the middle of a log line
+    if subprocess.run(["scontrol", "requeue", job.job_id], check=False).returncode:
+        return
     time.sleep(_KILLED_WITHIN_S)  # a task that ended would be taken for the end of the job
 
 

@@ -7,6 +7,8 @@ import contextlib
 import shlex
 import shutil
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +27,7 @@ from dinov2_equi.run.job import ROOT, CommandJob
 
 TRAIN_SCRIPT = Path("dinov2_equi/run/train.py")
 FOLDER = "slurm"
-"""In the run's folder: logs of the job, the code that it runs, and its configuration."""
+"""In the run's folder: logs of its jobs, and for each submission the code that it runs and its configuration."""
 CODE, CONFIG = "code", "config.yaml"
 _SIZES = ("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "partition", "time", "signal_delay")
 ARGUMENTS = ("launcher", *_SIZES, "slurm")
@@ -206,10 +208,11 @@ def _submit_command(args: argparse.Namespace, words: Sequence[str], script: Path
     output = args.output.expanduser().resolve()
     kept += ["--output", str(output)]
     script = script.resolve().relative_to(ROOT)
-    executor = _executor(output, allocation_of(args), script)
+    folder = _new_folder(output)
+    executor = _executor(output, folder, allocation_of(args), script)
     config: Path | None = getattr(args, "config", None)
     if config is not None:
-        kept += ["--config", str(_write_config(output, config.read_text(encoding="utf-8")))]
+        kept += ["--config", str(_write_config(folder, config.read_text(encoding="utf-8")))]
     job = str(executor.submit(CommandJob(script, kept)).job_id)
     return f"job {job} was submitted; its log: {log_of(output, job)}"
 
@@ -234,8 +237,9 @@ def submit(cfg: Config, output_dir: Path, allocation: Allocation, *, flags: Sequ
     Raises:
         ValueError: if this machine has no SLURM.
     """
-    executor = _executor(output_dir, allocation, TRAIN_SCRIPT)
-    return str(executor.submit(_training_job(cfg, output_dir, flags)).job_id)
+    folder = _new_folder(output_dir)
+    executor = _executor(output_dir, folder, allocation, TRAIN_SCRIPT)
+    return str(executor.submit(_training_job(cfg, output_dir, folder, flags)).job_id)
 
 
 def submit_sweep(
@@ -254,42 +258,58 @@ def submit_sweep(
     Raises:
         ValueError: if this machine has no SLURM.
     """
-    executor = _executor(sweep_dir, allocation, TRAIN_SCRIPT)
+    executor = _executor(sweep_dir, _new_folder(sweep_dir), allocation, TRAIN_SCRIPT)
     with executor.batch():
-        jobs = [executor.submit(_training_job(cfg, output_dir, flags)) for output_dir, cfg in runs.items()]
+        jobs = [
+            executor.submit(_training_job(cfg, output_dir, _new_folder(output_dir), flags))
+            for output_dir, cfg in runs.items()
+        ]
     return [str(job.job_id) for job in jobs]
 
 
-def _training_job(cfg: Config, output_dir: Path, flags: Sequence[str]) -> CommandJob:
-    config = _write_config(output_dir, to_yaml(cfg))
+def check_slurm() -> None:
+    """Refuse to submit from a machine that belongs to no cluster.
+
+    Raises:
+        ValueError: sbatch is not there.
+    """
+    if shutil.which("sbatch") is None:
+        raise ValueError("sbatch was not found: --launcher slurm works on a machine of a SLURM cluster")
+
+
+def _new_folder(output_dir: Path) -> Path:
+    """Return a new folder for what one submission copies: jobs submitted earlier still use theirs."""
+    check_slurm()
+    parent = output_dir / FOLDER
+    parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=time.strftime("submitted_%Y%m%d-%H%M%S_"), dir=parent))
+
+
+def _training_job(cfg: Config, output_dir: Path, folder: Path, flags: Sequence[str]) -> CommandJob:
+    config = _write_config(folder, to_yaml(cfg))
     return CommandJob(TRAIN_SCRIPT, ["--config-file", str(config), "--output-dir", str(output_dir), *flags])
 
 
-def _write_config(output_dir: Path, text: str) -> Path:
-    path = output_dir / FOLDER / CONFIG
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _write_config(folder: Path, text: str) -> Path:
+    path = folder / CONFIG
     path.write_text(text, encoding="utf-8")
     return path
 
 
-def _executor(output_dir: Path, allocation: Allocation, script: Path) -> Any:
-    """Return what submits jobs that log into `output_dir` and run a copy of the code made there now."""
+def _executor(output_dir: Path, folder: Path, allocation: Allocation, script: Path) -> Any:
+    """Return what submits jobs that log into `output_dir` and run a copy of the code made now in `folder`."""
     import submitit
 
-    if shutil.which("sbatch") is None:
-        raise ValueError("sbatch was not found: --launcher slurm works on a machine of a SLURM cluster")
-    folder = output_dir / FOLDER
     _copy_code(folder / CODE, script)
     start = folder / CODE / "dinov2_equi" / "run" / "start_job.py"
     executor = submitit.SlurmExecutor(
-        folder=folder, python=f"{shlex.quote(sys.executable)} -u {shlex.quote(str(start))}"
+        folder=output_dir / FOLDER, python=f"{shlex.quote(sys.executable)} -u {shlex.quote(str(start))}"
     )
     executor.update_parameters(**_parameters(allocation, name=output_dir.name, code=folder / CODE))
     return executor
 
 
 def _copy_code(target: Path, script: Path) -> None:
-    shutil.rmtree(target, ignore_errors=True)
     for name in {"dinov2_equi", script.parts[0]}:
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
 

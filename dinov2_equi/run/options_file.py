@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from dinov2_equi.run.command import EXIT_CODES
+from dinov2_equi.run.launch import ARGUMENTS
 
 
 class OptionsFileParser(argparse.ArgumentParser):
@@ -21,7 +22,10 @@ class OptionsFileParser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None) -> None:
         super().__init__(
-            description=description, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
+            description=description,
+            epilog=EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,  # the file is looked for by its whole name
         )
         config = "YAML with options, `steps: 5000`; the command line decides. Some lie in configs/ beside the script"
         self.add_argument("--config", type=Path, metavar="FILE", help=config)
@@ -54,6 +58,8 @@ def words_of_file(path: Path) -> Sequence[str]:
         raise ValueError(f"expected {path} to hold lines like `steps: 5000`, got {type(read).__name__}")
     words = []
     for name, value in read.items():
+        if str(name).replace("-", "_") in ARGUMENTS:
+            raise ValueError(f"{name} in {path} says how a job starts: give it on the command line")
         values = value if isinstance(value, list) else [value]
         if not all(isinstance(item, (str, int, float)) and not isinstance(item, bool) for item in values):
             raise ValueError(f"expected {name} in {path} to be a number, a text or a list of them, got {value!r}")

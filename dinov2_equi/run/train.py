@@ -28,7 +28,7 @@ if __package__ in (None, ""):  # started as a file: Python put this folder on th
 import argparse
 import logging
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -135,7 +135,7 @@ def _run(args: argparse.Namespace) -> None:
 def _submit(args: argparse.Namespace, cfg: Config) -> None:
     allocation = launch.allocation_of(args)
     output_dir = _output_dir(args, cfg)
-    _prepare_for_queue(args, cfg, output_dir)
+    _prepare_for_queue(args, {output_dir: cfg})
     job = launch.submit(cfg, output_dir, allocation, flags=_flags(args))
     print(f"job {job} was submitted; its log: {launch.log_of(output_dir, job)}")
 
@@ -155,18 +155,19 @@ def _submit_sweep(args: argparse.Namespace, configs: Sequence[tuple[Path, Config
         raise ValueError("the files of --sweep name several train.output_dir: give the folder of all by --output-dir")
     (sweep_dir,) = sweep_dirs
     runs = {sweep_dir / file.stem: cfg for file, cfg in configs}
-    for output_dir, cfg in runs.items():
-        _prepare_for_queue(args, cfg, output_dir)
+    _prepare_for_queue(args, runs)
     for job, output_dir in zip(launch.submit_sweep(runs, sweep_dir, allocation, flags=_flags(args)), runs, strict=True):
         print(f"job {job} was submitted for {output_dir}; its log: {launch.log_of(sweep_dir, job)}")
 
 
-def _prepare_for_queue(args: argparse.Namespace, cfg: Config, output_dir: Path) -> None:
-    """Find here what would fail in the queue; set an earlier run aside now, and not at every start of the job."""
-    check_run_folder(output_dir, must_exist=args.eval_only)
-    check_weight_files(cfg)
-    build_datasets(cfg)
-    if args.no_resume:
+def _prepare_for_queue(args: argparse.Namespace, runs: Mapping[Path, Config]) -> None:
+    """Find here what would fail in the queue; then set earlier runs aside now, and not at every start of a job."""
+    launch.check_slurm()
+    for output_dir, cfg in runs.items():
+        check_run_folder(output_dir, must_exist=args.eval_only)
+        check_weight_files(cfg)
+        build_datasets(cfg)
+    for output_dir in runs if args.no_resume else ():
         set_aside(output_dir)
 
 

@@ -34,7 +34,7 @@ def test_counts_sizes_bad_files_and_a_sheet(tmp_path: Path, capsys: pytest.Captu
     assert lines[0].startswith("6 images, ") and lines[0].endswith(" kB")
     assert lines[1:4] == [
         "2 classes of 2 to 4 images, median 3: cat, dog",
-        "1 of 6 headers promise no image to train on: they are read first",
+        "1 of 6 headers promise no image to train on; 20 at most are read",
         "6 of them read: 1 bad, 1 grey",
     ]
     assert lines[4].startswith("bad: ") and "0.png: UnidentifiedImageError" in lines[4]

@@ -96,7 +96,8 @@ def test_a_job_that_is_told_to_end_loses_steps_or_goes_on_with_other_code(
     stopped_after = store.latest_step()
     assert stopped_after is not None and 20 < stopped_after < STEPS
     # Only the copy says so, and only from here on: it is what runs, and it is not made again.
-    with (run / "slurm" / "code" / "dinov2_equi" / "run" / "train.py").open("a") as script:
+    (copy,) = run.glob("slurm/submitted_*/code/dinov2_equi/run/train.py")
+    with copy.open("a") as script:
         script.write("\nsys.stdout.write('the copy of the code runs\\n')\n")
     assert_goes_on_to_the_end(run, job, uninterrupted, fingerprint)
     assert f"resumed after step {stopped_after}" in (run / "logs" / "log.txt").read_text()
@@ -133,7 +134,7 @@ def test_a_job_that_was_cancelled_comes_back(tmp_path: Path) -> None:
     assert subprocess.check_output(shown, text=True).split() == ["CANCELLED"]
     # A loaded machine may need longer for its step than SLURM waits before it kills; then there is nothing to say.
     log = (run / "slurm" / f"{job}_0_log.out").read_text()
-    assert "queueing" not in log and ("is not queued again" in log or "Killed" in log)
+    assert "queueing" not in log and ("which is not queued again from here" in log or "Killed" in log)
 
 
 def test_an_array_mixes_up_its_runs_or_is_queued_again_as_a_whole(tmp_path: Path) -> None:

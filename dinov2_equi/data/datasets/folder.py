@@ -154,7 +154,7 @@ def _folders(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, list[
         start = f"{folder}/" if folder else ""
         images, subfolders = [], []
         for entry in _visible_entries(root / folder):
-            if entry.is_dir():
+            if _is_folder(entry):
                 subfolders.append(start + entry.name)
             elif entry.name.lower().endswith(suffixes):
                 images.append((start + entry.name, _num_bytes(entry)))
@@ -171,6 +171,14 @@ def _visible_entries(folder: Path) -> list[os.DirEntry[str]]:
     except OSError as error:
         logger.warning("the folder %s cannot be read, its images are left out: %s", folder, error)
         return []
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder or leads to one; a link that leads to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _num_bytes(entry: os.DirEntry[str]) -> int:

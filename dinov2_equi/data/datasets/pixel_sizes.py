@@ -27,14 +27,18 @@ _ORIENTATION, _FIRST_TURNED = 0x0112, 5  # EXIF tag; from this value on, width a
 def pixel_sizes(dataset: ListedImages, max_images: int | None = None) -> tuple[list[int], Sizes]:
     """Return which images were looked at, and (width, height) of each upright, uint32 [n, 2], memory-mapped if stored.
 
-    Where no header can be read, both are 0. A progress bar is shown. Once all headers of `STORED_FROM` images or more
-    were read, they are stored in the user's cache as the index of a folder is, and nothing is read the next time.
+    Where no header can be read, both are 0. A progress bar is shown. Once all headers of a folder of `STORED_FROM`
+    images or more were read, they are stored in the user's cache as its index is, and nothing is read the next time.
+    Those of a list or a pattern are not: nothing would tell that its files are others.
 
     Args:
         dataset: Images by their paths.
         max_images: Evenly spread; None: all.
     """
-    places = index_places(["pixel sizes", dataset.path(0), _digest(dataset)])
+    if dataset.num_bytes is None:
+        indices = spread_indices(len(dataset), len(dataset) if max_images is None else max_images)
+        return indices, _read(dataset, indices)
+    places = index_places(["pixel sizes", str(Path(dataset.path(0)).resolve()), _digest(dataset)])
     stored = load_index(places, _ARRAYS, lambda arrays: arrays["sizes"].shape == (len(dataset), 2))
     if stored is not None:
         return list(range(len(dataset))), stored["sizes"]
@@ -71,9 +75,9 @@ def _read(dataset: ListedImages, indices: Sequence[int]) -> Sizes:
 
 
 def _digest(dataset: ListedImages) -> str:
-    """Return a SHA-256 of all paths, and of the bytes of the files where they are known."""
+    """Return a SHA-256 of all paths and of the bytes of the files."""
     digest = hashlib.sha256()
     for values in (dataset.paths.text, dataset.paths.ends, dataset.num_bytes):
-        if values is not None:
-            digest.update(np.ascontiguousarray(values).data)
+        assert values is not None
+        digest.update(np.ascontiguousarray(values).data)
     return digest.hexdigest()

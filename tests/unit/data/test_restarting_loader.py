@@ -90,6 +90,7 @@ class _Breaking:
 def test_process_that_is_killed_while_a_batch_is_fetched_from_it_ends_the_training(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(restarting_loader, "_PATIENCE_S", 60.0)  # on a busy machine
     made = iter((3, 99))  # good batches of the first loader, and of the one after it
     start = DataLoader.__iter__
     monkeypatch.setattr(DataLoader, "__iter__", lambda self: _Breaking(start(self), next(made)))

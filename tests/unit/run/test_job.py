@@ -82,6 +82,18 @@ def test_a_relative_path_is_looked_for_in_the_copy_of_the_code(
     assert CommandJob(Path("eval/run.py"), []).folder == tmp_path
 
 
+def test_a_task_that_the_first_one_waits_for_does_not_queue_the_job_again(
+    tmp_path: Path, calls: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first task listens already, notes the signal, and waits in a collective for this one, which has stopped."""
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    monkeypatch.setattr(FakeJob, "global_rank", 1)
+    with pytest.raises(SystemExit):
+        job_of(tmp_path, "os.kill(os.getpid(), signal.SIGUSR1); return 0")()
+    assert calls == [["scontrol", "requeue", "17_0"]] and slept[0] >= 10
+
+
 def test_a_signal_while_python_starts_ends_the_job_for_good(tmp_path: Path, calls: list[list[str]]) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, KEPT_WAITING)
     signal.raise_signal(signal.SIGUSR2)  # to this thread: others, which a job does not have yet, do not keep it waiting

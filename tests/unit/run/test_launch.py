@@ -88,17 +88,19 @@ def test_the_job_uses_what_is_edited_later_or_guesses_a_cluster(
 ) -> None:
     monkeypatch.setattr("submitit.SlurmExecutor", RecordingExecutor)
     monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/sbatch")
-    for _ in range(2):  # a second time over the first
+    for _ in range(2):  # the second one beside the first, whose job may still run
         assert launch.submit(Config(), tmp_path, Allocation(nodes=2), flags=["--eval-only"]) == "17"
-    code = tmp_path / "slurm" / "code"
-    assert (code / "dinov2_equi" / "run" / "train.py").is_file()
+    scripts = list(tmp_path.glob("slurm/submitted_*/code/dinov2_equi/run/train.py"))
+    assert len(scripts) == 2
+    config = Path(RecordingExecutor.job.arguments[1])
+    code = config.parent / "code"
+    assert code in [script.parents[2] for script in scripts] and config.name == "config.yaml" and config.is_file()
     asked = RecordingExecutor.parameters
     assert asked["setup"] == [f"cd {code}", f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}"]
     assert asked["additional_parameters"] == {"requeue": True}
     assert not {"partition", "time", "gpus_per_node", "cpus_per_task"} & asked.keys()
     arguments = RecordingExecutor.job.arguments
-    assert arguments[-3:] == ["--eval-only", "--launcher", "inline"]
-    assert Path(arguments[arguments.index("--config-file") + 1]) == tmp_path / "slurm" / "config.yaml"
+    assert arguments[0] == "--config-file" and arguments[-3:] == ["--eval-only", "--launcher", "inline"]
 
 
 def test_a_machine_without_slurm_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,14 +143,14 @@ def test_a_harness_is_submitted_with_its_options_of_slurm_or_without_its_files(
     # CUDA on this machine is not asked for: the job runs on others.
     assert run_launched([*words, "--device", "cuda:7", "--output", str(output)], ran) == 0
     assert not ran and "job 17 was submitted; its log: " in capsys.readouterr().out
-    copy = output / "slurm" / "config.yaml"
+    (copy,) = output.glob("slurm/submitted_*/config.yaml")
     kept = ["--config", str(config), "--set", "a=1", "b=2", "--device", "cuda:7", "--output", str(output)]
     assert RecordingExecutor.job.arguments == [
         *kept, "--output", str(output), "--config", str(copy), "--launcher", "inline",
     ]  # fmt: skip
     assert RecordingExecutor.parameters["partition"] == "p"
     assert copy.read_text() == "steps: 3\n"
-    assert (output / "slurm" / "code" / RecordingExecutor.job.script).is_file()
+    assert (copy.parent / "code" / RecordingExecutor.job.script).is_file()
 
 
 def test_a_fault_that_a_harness_could_see_waits_in_the_queue(
@@ -192,10 +194,27 @@ def test_an_array_mixes_up_its_runs(
     for job, (seed, file) in zip(RecordingExecutor.jobs, files.items(), strict=True):
         folder = tmp_path / "out" / file.stem
         assert job.arguments[job.arguments.index("--output-dir") + 1] == str(folder)
-        text = (folder / "slurm" / "config.yaml").read_text()
+        (copy,) = folder.glob("slurm/submitted_*/config.yaml")
+        text = copy.read_text()
         assert f"seed: {seed}\n" in text and "epochs: 3\n" in text
-    assert str(tmp_path / "out" / "slurm" / "code") in RecordingExecutor.parameters["setup"][0]
+    (code,) = tmp_path.glob("out/slurm/submitted_*/code")
+    assert str(code) in RecordingExecutor.parameters["setup"][0]
     assert capsys.readouterr().out.count("was submitted for") == 2
+
+
+def test_runs_are_set_aside_though_another_of_the_array_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/sbatch")
+    files = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    files[0].write_text("")
+    files[1].write_text("train:\n  dataset_path: /nowhere\n")
+    old = tmp_path / "out" / "a" / "config.yaml"
+    old.parent.mkdir(parents=True)
+    old.write_text("")
+    debug = ["--config-file", str(launch.ROOT / "configs" / "debug_cpu.yaml"), "--output-dir", str(tmp_path / "out")]
+    assert main([*debug, "--no-resume", "--sweep", *map(str, files)]) == 2
+    assert "/nowhere" in capsys.readouterr().err and old.is_file()
 
 
 @pytest.mark.parametrize(

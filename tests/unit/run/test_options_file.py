@@ -41,6 +41,11 @@ def test_a_required_option_may_not_stand_in_the_file(tmp_path: Path) -> None:
     assert parser().parse_args([f"--config={path}"]).weights == ["x", "y"]
 
 
+def test_a_shortened_option_is_taken_and_its_file_is_not_read(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parser().parse_args(["--weights", "x", "--conf", str(tmp_path / "options.yaml")])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -49,6 +54,7 @@ def test_a_required_option_may_not_stand_in_the_file(tmp_path: Path) -> None:
         ("kind: c\n", "argument --kind: invalid choice: 'c'"),
         ("lr: true\n", "expected lr in .* to be a number, a text or a list of them, got True"),
         ("lr:\n", "expected lr in .* got None"),
+        ("gpus_per_node: 8\n", "gpus_per_node in .* says how a job starts: give it on the command line"),
         ("- 1\n", "to hold lines like `steps: 5000`, got list"),
         ("a: [\n", "is no valid YAML"),
         (None, "No such file"),

@@ -55,6 +55,12 @@ def test_linked_folder_is_followed_and_a_circle_ends(tmp_path: Path) -> None:
     assert names(ImageFolder(tmp_path / "root")) == ["link/x.jpg"]
 
 
+def test_a_link_to_itself_makes_a_folder_unusable(tmp_path: Path) -> None:
+    save_image(tmp_path / "x.jpg")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert names(ImageFolder(tmp_path)) == ["x.jpg"]
+
+
 def test_folder_that_cannot_be_read_is_left_out_without_a_word(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -11,6 +11,8 @@ from PIL import Image
 from dinov2_equi.data.datasets import pixel_sizes as module
 from dinov2_equi.data.datasets.base import UnreadableImageError
 from dinov2_equi.data.datasets.folder import ImageFolder
+from dinov2_equi.data.datasets.listed import ListedImages
+from dinov2_equi.data.datasets.make import make_dataset
 from dinov2_equi.data.datasets.pixel_sizes import header_size, pixel_sizes
 
 
@@ -70,3 +72,20 @@ def test_headers_are_read_again_though_nothing_changed(
     (photos / "text.jpg").write_bytes(b"no image, longer")
     pixel_sizes(ImageFolder(photos))
     assert len(read) == 4 + 17 + 17
+
+
+def test_sizes_of_other_files_under_the_same_names_are_shown(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "STORED_FROM", 1)
+    for width in (30, 50):
+        folder = tmp_path / str(width) / "images"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (width, 20)).save(folder / "x.bmp")
+        monkeypatch.chdir(folder.parent)
+        for spec in ("images", "images/*.bmp"):
+            dataset = make_dataset(spec)
+            assert isinstance(dataset, ListedImages)
+            _, sizes = pixel_sizes(dataset)
+            assert sizes.tolist() == [[width, 20]], spec

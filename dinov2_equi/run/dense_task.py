@@ -38,6 +38,9 @@ from dinov2_equi.train.stopping import RunStopped, StopRequest
 RESULTS_FILE, PICTURE_FILE = "results.json", "predictions.png"
 _CURVE_POINTS = 100
 
+MEMORY_OF_MEASURING = "the training is done and saved; the same command measures, maybe on another --device"
+"""Advice where memory runs out after the training: settings that were other ones would be another training."""
+
 SettingsT = TypeVar("SettingsT", bound=LoopSettings)
 ModelT = TypeVar("ModelT", bound=nn.Module)
 DataT = TypeVar("DataT", bound="DenseData")
@@ -133,7 +136,10 @@ class DenseTask(ABC, Generic[SettingsT, DataT, ModelT]):
         """Return the terms of the loss; see `training.Losses`."""
 
     def after_step(self, run: TaskRun[SettingsT, DataT, ModelT], step: int) -> None:
-        """Do what is due after `step` steps, in every process; the model may be left in evaluation mode."""
+        """Do what is due after `step` steps, in every process; the model may be left in evaluation mode.
+
+        What there is to save is saved by then. A training that goes on begins with a call for the steps done.
+        """
 
     @abstractmethod
     def evaluate(self, run: TaskRun[SettingsT, DataT, ModelT], on_image: Callable[[], None]) -> dict[str, Any]:
@@ -253,22 +259,33 @@ def train_and_measure(task: AnyTask, args: argparse.Namespace) -> str:
         model = task.build(backbone, settings, train_set).to(args.device)
     run = TaskRun(backbone.name, args, settings, model, val, identity)
     setup_logging(args.output, get_rank())
-    with explained_memory(task.memory_advice(settings)), StopRequest().listening() as stop:
-        history = _train(task, run, train_set, stop)
-        with shown_progress(len(val)) as progress:
-
-            def advance() -> None:
-                if get_world_size() == 1:  # of several, one would leave the others waiting for what it has measured
-                    _stop_if_asked(stop.signal, settings.steps)
-                progress.update(min(progress.steps_done + get_world_size(), len(val)))
-
-            found = task.evaluate(run, advance)
-        _stop_if_asked(largest_of_ranks(stop.signal, args.device), settings.steps)
-        found |= task.baselines(train_set, val, args.device)
+    with StopRequest().listening() as stop:
+        with explained_memory(task.memory_advice(settings)):
+            history = _train(task, run, train_set, stop)
+        with explained_memory(MEMORY_OF_MEASURING):
+            found = _measure(task, run, stop) | task.baselines(train_set, val, args.device)
     if is_main_process():
         write_outputs(task, run, train_set, found, history)
     wait_for_all_ranks()
     return task.table(backbone.name, found)
+
+
+def _measure(task: AnyTask, run: TaskRun[Any, Any, Any], stop: StopRequest) -> dict[str, Any]:
+    """Measure, while a display shows how far it is.
+
+    Raises:
+        RunStopped: on a signal; of several processes once the measurement is finished.
+    """
+    with shown_progress(len(run.val)) as progress:
+
+        def advance() -> None:
+            if get_world_size() == 1:  # of several, one would leave the others waiting for what it has measured
+                _stop_if_asked(stop.signal, run.settings.steps)
+            progress.update(min(progress.steps_done + get_world_size(), len(run.val)))
+
+        found = task.evaluate(run, advance)
+    _stop_if_asked(largest_of_ranks(stop.signal, run.args.device), run.settings.steps)
+    return found
 
 
 def write_outputs(
@@ -312,8 +329,7 @@ def _train(task: AnyTask, run: TaskRun[Any, Any, Any], train_set: Any, stop: Sto
     args, settings, model = run.args, run.settings, run.model
     with shown_progress(settings.steps, images_per_step=settings.batch_size) as progress:
 
-        def after_step(done: int, terms: Losses) -> None:
-            progress.update(done, terms)
+        def after_save(done: int) -> None:
             task.after_step(run, done)
             model.train()
 
@@ -327,7 +343,8 @@ def _train(task: AnyTask, run: TaskRun[Any, Any, Any], train_set: Any, stop: Sto
             identity=run.identity,
             num_workers=args.num_workers,
             collate=task.collate(),
-            on_step=after_step,
+            on_step=progress.update,
+            after_save=after_save,
             asked_to_stop=lambda: stop.signal > 0,
         )
     if len(history) < settings.steps:

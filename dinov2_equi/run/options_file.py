@@ -60,6 +60,8 @@ def words_of_file(path: Path) -> Sequence[str]:
     for name, value in read.items():
         if str(name).replace("-", "_") in ARGUMENTS:
             raise ValueError(f"{name} in {path} says how a job starts: give it on the command line")
+        if name in ("config", "help"):
+            raise ValueError(f"{name} in {path} is no option for a file")
         values = value if isinstance(value, list) else [value]
         if not all(isinstance(item, (str, int, float)) and not isinstance(item, bool) for item in values):
             raise ValueError(f"expected {name} in {path} to be a number, a text or a list of them, got {value!r}")

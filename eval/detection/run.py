@@ -14,6 +14,7 @@ and checkpoints; the same command goes on where it was stopped.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from torch import nn
 from dinov2_equi.data.datasets.base import DatasetError, spread_indices
 from dinov2_equi.data.datasets.coco import DetectionSet, coco_files, read_coco
 from dinov2_equi.data.datasets.pairs import SPLITS
+from dinov2_equi.distributed.collectives import largest_of_ranks
 from dinov2_equi.distributed.env import is_main_process
 from dinov2_equi.evaluation.dense.detection import (
     DetectionAugmentation,
@@ -121,11 +123,14 @@ class DetectionTask(DenseTask[DetectionSettings, DetectionSet, DetectionModel]):
         return model.losses(batch, device)
 
     def after_step(self, run: DetectionRun, step: int) -> None:
-        """Measure on the way, where the settings ask for it."""
-        if curve_of(run).is_due(step):
+        """Measure on the way, where the settings ask for it and it was not done before a stop."""
+        if run.settings.curve_every == 0 or step % run.settings.curve_every:
+            return
+        curve = curve_of(run)
+        if largest_of_ranks(int(not curve.has(step)), run.args.device):
             found = self.evaluate(run, lambda: None)
             if is_main_process():
-                curve_of(run).add(step, curve_numbers(found))
+                curve.add(step, curve_numbers(found))
 
     def evaluate(self, run: DetectionRun, on_image: Callable[[], None]) -> dict[str, Any]:
         """Return the average precision of boxes and masks."""
@@ -167,8 +172,9 @@ class DetectionTask(DenseTask[DetectionSettings, DetectionSet, DetectionModel]):
 
 def curve_of(run: DetectionRun) -> MeasuredCurve:
     """Return what was measured on the way."""
-    settings = run.settings
-    return MeasuredCurve(run.args.output / CURVE_FILE, settings.curve_every, settings.steps, run.identity)
+    names = "\0".join(run.val.name(index) for index in range(len(run.val)))
+    depends_on = {**run.identity, "measured images": hashlib.sha256(names.encode()).hexdigest()}
+    return MeasuredCurve(run.args.output / CURVE_FILE, run.settings.steps, depends_on)
 
 
 def curve_numbers(found: Mapping[str, Any]) -> dict[str, float]:

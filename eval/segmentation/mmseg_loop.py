@@ -30,6 +30,7 @@ from dinov2_equi.train.stopping import RunStopped, StopRequest
 
 _NAME = re.compile(r"step_(\d+)\.pth")
 _KEPT = 2
+_TEMPORARY = ".tmp"
 _OF_LAYER = re.compile(r"\.d\d+\.")  # terms of mask2former's layers but the last
 
 
@@ -122,7 +123,7 @@ class SaveHook(Hook):
     def _save(self, runner: Any, step: int) -> None:
         """Write a checkpoint and remove those before the last two."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        temporary = self._folder / f".{os.getpid()}.tmp"
+        temporary = self._folder / f".{os.getpid()}{_TEMPORARY}"
         try:
             runner.save_checkpoint(str(self._folder), temporary.name, by_epoch=False)
             with temporary.open("rb") as file:
@@ -158,7 +159,12 @@ class SaveHook(Hook):
 
 
 def newest_checkpoint(folder: Path) -> tuple[int, Path | None]:
-    """Return the steps done by the newest whole checkpoint in a folder, and its file; 0 and None for none."""
+    """Return the steps done by the newest whole checkpoint in a folder, and its file; 0 and None for none.
+
+    What a process that was killed in the middle of one has left is removed.
+    """
+    for path in folder.glob(f".*{_TEMPORARY}"):
+        path.unlink()
     found = _checkpoints(folder)
     return next(reversed(found.items()), (0, None))
 

@@ -30,6 +30,7 @@ from dinov2_equi.evaluation.eval_model import EvalModel, check_photographs
 from dinov2_equi.logging.progress import training_progress
 from dinov2_equi.logging.setup import setup_logging
 from dinov2_equi.run.dense_task import (
+    MEMORY_OF_MEASURING,
     AnyTask,
     TaskRun,
     explained_memory,
@@ -169,11 +170,12 @@ def run_mmseg(task: AnyTask, args: argparse.Namespace) -> str:
     check_photographs(backbone)
     identity = identity_of(task, args, backbone, settings, train)
     setup_logging(args.output)
-    memory = explained_memory(task.memory_advice(settings))
-    with memory, torch.random.fork_rng(devices=[]), StopRequest().listening() as stop:
-        runner = _runner(args, settings, backbone, (train, val), _Training(full_identity(identity, settings), stop))
-        losses = _train(runner, settings)
-        found = _measure(runner, settings, val, stop)
+    with torch.random.fork_rng(devices=[]), StopRequest().listening() as stop:
+        with explained_memory(task.memory_advice(settings)):
+            runner = _runner(args, settings, backbone, (train, val), _Training(full_identity(identity, settings), stop))
+            losses = _train(runner, settings)
+        with explained_memory(MEMORY_OF_MEASURING):
+            found = _measure(runner, settings, val, stop)
     run = TaskRun(backbone.name, args, settings, Predictor(runner.model), val, identity)
     write_outputs(task, run, train, found, losses)
     return task.table(backbone.name, found)

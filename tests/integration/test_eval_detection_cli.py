@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -190,14 +191,26 @@ def test_file_is_not_held_against_itself(
 ) -> None:
     check = load_script(SCRIPT.parent / "check_annotations.py")
     output = tmp_path / "check.json"
-    extra = [str(folder / "annotations/instances_val.json"), str(folder / "val")]
-    assert check.main(["--data", str(folder), "--file", *extra, "--output", str(output)]) == 0
+    other = shutil.copytree(folder, tmp_path / "other" / folder.name)  # files of the same names
+    again = [str(folder / "annotations/instances_val.json"), str(folder / "val")]
+    assert check.main(["--data", str(folder), str(other), "--file", *again, "--output", str(output)]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("box AP 1.000000000000, mask AP 1.000000000000") == 3
+    assert shown.count("box AP 1.000000000000, mask AP 1.000000000000") == 4
     numbers = json.loads(output.read_text())["numbers"]
+    assert len(numbers) == 4
     assert all(found["mask"]["pycocotools"]["AP"] == 1.0 for found in numbers.values())
     assert_refused(check, ["--data", str(tmp_path)], "no val images with annotations")
     assert_refused(check, [], "give --data FOLDER ... or --file JSON IMAGES")
+
+
+def test_file_without_objects_hides_a_wrong_one_or_is_wrong(
+    load_script: Callable[[Path], ModuleType], folder: Path, tmp_path: Path
+) -> None:
+    check = load_script(SCRIPT.parent / "check_annotations.py")
+    document = json.loads((folder / "annotations/instances_val.json").read_text())
+    (tmp_path / "empty.json").write_text(json.dumps(document | {"annotations": []}))
+    empty = ["--file", str(tmp_path / "empty.json"), str(folder / "val")]
+    assert check.main([*empty, "--data", str(folder), "--output", str(tmp_path / "check.json")]) == 0
 
 
 def test_check_does_not_notice_a_wrong_number(

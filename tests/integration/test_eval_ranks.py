@@ -150,8 +150,9 @@ def test_a_signal_to_one_process_leaves_the_others_waiting_or_loses_the_step(
     assert_close(numbers_in(tmp_path / "two"), numbers_in(tmp_path / "one"), 1e-4)
 
 
+@pytest.mark.parametrize("detector", ["retinanet", "linear"])
 def test_processes_of_a_detector_end_with_different_weights_or_lose_detections(
-    script: Script, tmp_path: Path, run_on_ranks: OnRanks
+    detector: str, script: Script, tmp_path: Path, run_on_ranks: OnRanks
 ) -> None:
     (tmp_path / "annotations").mkdir()
     for split in ("train", "val"):
@@ -167,7 +168,7 @@ def test_processes_of_a_detector_end_with_different_weights_or_lose_detections(
         document = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "square"}]}
         (tmp_path / "annotations" / f"instances_{split}.json").write_text(json.dumps(document))
     run = script("detection")
-    recipe = ("detector=retinanet", "size=64", "channels=8", "anchor_size=16", "detections=5", "score_threshold=0")
+    recipe = (f"detector={detector}", "size=64", "channels=8", "anchor_size=16", "detections=5", "score_threshold=0")
     words = ["--weights", "random:vit_test_tiny/16", "--device", "cpu", "--data", str(tmp_path)]
     words += ["--set", *recipe, "steps=3", "warmup_steps=1", "batch_size=2", "lr=0.001", "curve_every=2"]
     evaluate = run.DetectionTask.evaluate

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
-import importlib.util
 import io
 import logging
 import math
@@ -65,10 +64,17 @@ def coco_library(name: str = AUTO) -> str:
     """
     if name not in (AUTO, *COCO_LIBRARIES):
         raise ValueError(f"expected one of {', '.join((AUTO, *COCO_LIBRARIES))}, got {name!r}")
-    is_there = importlib.util.find_spec("faster_coco_eval") is not None
-    if name == FASTER and not is_there:
-        raise ImportError("faster-coco-eval is not installed: pip install -r eval/detection/requirements.txt")
-    chosen = (FASTER if is_there else PYCOCOTOOLS) if name == AUTO else name
+    chosen = name
+    if name != PYCOCOTOOLS:
+        try:
+            importlib.import_module("faster_coco_eval").COCOeval_faster  # noqa: B018 (some versions lack it)
+            chosen = FASTER
+        except (ImportError, AttributeError, OSError) as error:
+            if name == FASTER:
+                raise ImportError(
+                    f"faster-coco-eval cannot be used ({error}): pip install -r eval/detection/requirements.txt"
+                ) from error
+            chosen = PYCOCOTOOLS
     import_coco("mask" if chosen == FASTER else "cocoeval")
     return chosen
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from dinov2_equi.evaluation.dense.maps import DenseBackbone, last_blocks, upsample
 from dinov2_equi.evaluation.dense.windows import Windows
 from dinov2_equi.evaluation.eval_model import EvalModel
+from dinov2_equi.layers.batch_norm import BatchNorm2d
 
 _STRIDES_OF_PATCHES = (4, 8, 16, 32)
 _DEFAULT_STRIDE = 16
@@ -124,7 +125,7 @@ class ResampledMaps(LevelMaps):
 
     def __init__(self, model: EvalModel, strides: Sequence[int], **of_backbone: Any) -> None:
         super().__init__(model, strides, 0, 0, **of_backbone)
-        self.norm = nn.BatchNorm2d(self.width)
+        self.norm = BatchNorm2d(self.width, has_running_stats=True)
 
     def _maps(self, tokens: Tensor) -> list[Tensor]:
         tokens = self.norm(tokens)

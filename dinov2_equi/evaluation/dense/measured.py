@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,42 +16,35 @@ from matplotlib.ticker import MaxNLocator
 from dinov2_equi.evaluation.figures import INK, SERIES_COLORS, plot_axes
 from dinov2_equi.evaluation.results import write_text_atomically
 
+logger = logging.getLogger(__name__)
+
 _STEP = "step"
 
 
 class MeasuredCurve:
     """Numbers by the step after which they were measured; a training that was stopped goes on with them.
 
-    The file is written at every measurement. What another training left in it is forgotten.
+    The file is written at every measurement. What another training left in it is forgotten, and with a warning what is
+    no such file.
 
     Args:
         path: the file, JSON.
-        every: steps from one measurement to the next; 0: none.
-        num_steps: of the whole training. Nothing is due after the last: it is measured anyway.
-        training: what the training depends on, as JSON.
+        num_steps: of the whole training.
+        training: what training and measurement depend on, as JSON.
     """
 
-    def __init__(self, path: Path, every: int, num_steps: int, training: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, num_steps: int, training: Mapping[str, Any]) -> None:
         self._path = path
-        self._every = every
         self._num_steps = num_steps
         self._training = hashlib.sha256(json.dumps(training, sort_keys=True).encode()).hexdigest()
+        self._entries = _read(path, self._training)
 
-    @functools.cached_property
-    def _entries(self) -> list[dict[str, Any]]:
-        """What was measured so far; the file is read once, and only where something is due."""
-        return _read(self._path, self._training)
-
-    def is_due(self, step: int) -> bool:
-        """Return whether to measure now that `step` steps are done."""
-        return self._every > 0 and step % self._every == 0 and step < self._num_steps
+    def has(self, step: int) -> bool:
+        """Return whether it was measured after `step` steps."""
+        return any(entry[_STEP] == step for entry in self._entries)
 
     def add(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Keep what was measured after `step` steps, NaN as null, and drop what was measured then or later before.
-
-        Raises:
-            ValueError: the file is there and is not such a file; names it.
-        """
+        """Keep what was measured after `step` steps, NaN as null, and drop what was measured then or later before."""
         self._entries = [entry for entry in self._entries if entry[_STEP] < step]
         known = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         self._entries.append({_STEP: step, **known})
@@ -113,5 +106,6 @@ def _read(path: Path, training: str) -> list[dict[str, Any]]:
             raise ValueError(f"its steps are {steps}")
         is_same = document["training"] == training
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"expected {path} to hold what was measured in training ({error!r}); remove it") from error
+        logger.warning("%s does not hold what was measured in training (%r), and is begun anew", path, error)
+        return []
     return entries if is_same else []

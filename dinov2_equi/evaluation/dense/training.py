@@ -164,6 +164,7 @@ def train(
     num_workers: int = 0,
     collate: Callable[[list[Any]], Any] | None = None,
     on_step: Callable[[int, Losses], None] | None = None,
+    after_save: Callable[[int], None] | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> list[float]:
     """Train a module, or go on with a training that was stopped, and return the loss of every step.
@@ -181,6 +182,8 @@ def train(
         num_workers: processes that load samples.
         collate: makes a batch of samples; None: torch's own.
         on_step: called after each step with the number of steps done and the terms.
+        after_save: called with the number of steps done once what is due after a step is written, in every process; not
+            after the last one, nor where all stop. A training that goes on begins with a call for the steps done.
         asked_to_stop: asked after each step; where a process answers yes, all save and return the losses so far.
 
     Raises:
@@ -204,6 +207,8 @@ def train(
         num_workers=num_workers,
         collate=collate,
     )
+    if after_save is not None and 0 < start < settings.steps:
+        after_save(start)
     for step, batch in enumerate(loader, start=start):
         terms = _step(module, optimizer, partial(losses_of, batch), settings, step)
         history.append(math.fsum(float(term) for term in terms.values()))
@@ -216,6 +221,8 @@ def train(
             store.save(step + 1, tensors, {"identity": identity, "optimizer": about, "losses": history})
         if is_last:
             break
+        if after_save is not None:
+            after_save(step + 1)
     module.eval()
     return history
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,7 @@ def test_libraries_differ(tmp_path: Path, kind: str) -> None:
 
 
 def test_library_that_is_not_there_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     assert coco_library() == coco_library(PYCOCOTOOLS) == PYCOCOTOOLS
     with pytest.raises(ImportError, match="pip install -r eval/detection/requirements.txt"):
         coco_library(FASTER)

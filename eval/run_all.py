@@ -32,9 +32,9 @@ from typing import Any
 if __package__ in (None, ""):  # started as a file: a clean clone needs the repository root on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import yaml
 
-from dinov2_equi.evaluation.figures import figure_png
+from dinov2_equi.evaluation.dense.settings import read_mapping
+from dinov2_equi.evaluation.figures import write_figure
 from dinov2_equi.evaluation.results import write_results, write_text_atomically
 from dinov2_equi.evaluation.summary import as_csv, as_latex, as_markdown, bar_figure, headline_numbers, radar_figure
 from dinov2_equi.run.command import EXIT_DONE, EXIT_FAILED, command_parser, run_command
@@ -68,12 +68,7 @@ def read_plan(path: Path) -> tuple[Path, list[Pair]]:
         ValueError: if a part is missing or of another kind; says which.
         OSError: if the file or a script cannot be read.
     """
-    try:
-        plan = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(plan, dict):
-        raise ValueError(f"{path} must hold output, models and tasks")
+    plan = read_mapping(path)
     for key, kind in (("output", str), ("models", dict), ("tasks", dict)):
         if not isinstance(plan.get(key), kind) or not plan[key]:
             raise ValueError(f"{path} needs {key}, {'a folder' if kind is str else 'names with what they stand for'}")
@@ -120,11 +115,11 @@ def write_summary(output: Path, cells: dict[str, dict[str, float]], failed: dict
     write_text_atomically(output / "summary.md", as_markdown(cells))
     write_text_atomically(output / "summary.csv", as_csv(cells))
     write_text_atomically(output / "summary.tex", as_latex(cells))
-    (output / "summary.png").write_bytes(figure_png(bar_figure(cells)))
+    write_figure(output / "summary.png", bar_figure(cells))
     radar = radar_figure(cells)
     if radar is not None:
-        (output / RADAR_FILE).write_bytes(figure_png(radar))
-    settings = {"plan": yaml.safe_load(plan.read_text(encoding="utf-8"))}
+        write_figure(output / RADAR_FILE, radar)
+    settings = {"plan": read_mapping(plan)}
     write_results(output / "summary.json", {"rows": cells, "failed": failed}, task="run_all", settings=settings)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -16,6 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
+
+from dinov2_equi.evaluation.results import write_bytes_atomically
 
 INK = "#5b6472"
 """Colour of text and axes; mid grey in PNG files, the page's own text colour in inline SVG."""
@@ -34,6 +37,11 @@ def figure_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_PNG_DPI, facecolor="white")
     return buffer.getvalue()
+
+
+def write_figure(path: Path, figure: Figure) -> None:
+    """Write the figure as a PNG file, whole or not at all."""
+    write_bytes_atomically(path, figure_png(figure))
 
 
 def figure_array(figure: Figure) -> NDArray[np.uint8]:

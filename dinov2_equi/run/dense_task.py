@@ -25,7 +25,7 @@ from dinov2_equi.distributed.env import get_rank, get_world_size, is_main_proces
 from dinov2_equi.evaluation.dense.settings import read_settings
 from dinov2_equi.evaluation.dense.training import WITHOUT_EFFECT, LoopSettings, Losses, TrainingSamples, train
 from dinov2_equi.evaluation.eval_model import EvalModel, check_photographs
-from dinov2_equi.evaluation.figures import figure_png
+from dinov2_equi.evaluation.figures import write_figure
 from dinov2_equi.evaluation.results import write_results
 from dinov2_equi.evaluation.stored_features import weights_digest
 from dinov2_equi.logging.setup import setup_logging
@@ -97,11 +97,13 @@ class DenseTask(ABC, Generic[SettingsT, DataT, ModelT]):
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Add the arguments that this task alone has."""
 
-    def check_libraries(self, args: argparse.Namespace) -> None:
-        """Raise ImportError where a library is missing: before an hour of training, not after it."""
+    def check(self, args: argparse.Namespace) -> None:
+        """Raise where it can be seen at once that the command fails: before it waits in a queue, or after an hour.
 
-    def check_arguments(self, args: argparse.Namespace) -> None:
-        """Raise ValueError for a command line that this task cannot do: before a job waits in a queue for it."""
+        Raises:
+            ValueError: a command line that this task cannot do.
+            ImportError: a library is missing.
+        """
 
     def memory_advice(self, settings: SettingsT) -> str:
         """Return which settings to lower where memory runs out."""
@@ -242,8 +244,7 @@ def read_task_settings(task: AnyTask, args: argparse.Namespace) -> Any:
     """
     settings = read_settings(task.settings, args.config, args.set)
     settings.check()
-    task.check_arguments(args)
-    task.check_libraries(args)
+    task.check(args)
     return settings
 
 
@@ -309,7 +310,7 @@ def write_outputs(
         seed=settings.seed,
         settings=launch.described(args) | recipe | task.facts(train_set),
     )
-    (args.output / PICTURE_FILE).write_bytes(figure_png(task.figure(run)))
+    write_figure(args.output / PICTURE_FILE, task.figure(run))
 
 
 def identity_of(

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from dinov2_equi.evaluation.dense.settings import read_mapping
 from dinov2_equi.run.command import EXIT_CODES
 from dinov2_equi.run.launch import ARGUMENTS
 
@@ -50,14 +49,8 @@ def words_of_file(path: Path) -> Sequence[str]:
         ValueError: the file holds something else.
         OSError: it cannot be read.
     """
-    try:
-        read = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(read, dict):
-        raise ValueError(f"expected {path} to hold lines like `steps: 5000`, got {type(read).__name__}")
     words = []
-    for name, value in read.items():
+    for name, value in read_mapping(path).items():
         if str(name).replace("-", "_") in ARGUMENTS:
             raise ValueError(f"{name} in {path} says how a job starts: give it on the command line")
         if name in ("config", "help"):

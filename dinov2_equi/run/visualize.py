@@ -28,7 +28,7 @@ from dinov2_equi.data.datasets.files import ImageFiles
 from dinov2_equi.data.transforms import EvalTransform, load_images, normalize
 from dinov2_equi.evaluation.eval_model import EvalModel, shared_channels
 from dinov2_equi.evaluation.feature_maps import class_attention, compact_directions
-from dinov2_equi.evaluation.figures import figure_png
+from dinov2_equi.evaluation.figures import write_figure
 from dinov2_equi.evaluation.pictures import pca_colors
 from dinov2_equi.evaluation.results import write_text_atomically
 from dinov2_equi.evaluation.visualization import ImageView, attention_picture, pca_picture, render_page
@@ -116,7 +116,7 @@ def write(folder: Path, title: str, views: list[ImageView], equivariance: Figure
         if attention is not None:
             attention.save(folder / f"{stem}_attention.png")
     if equivariance is not None:
-        (folder / "equivariance.png").write_bytes(figure_png(equivariance))
+        write_figure(folder / "equivariance.png", equivariance)
     write_text_atomically(folder / "index.html", render_page(title, views, equivariance))
 
 

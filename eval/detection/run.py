@@ -44,7 +44,7 @@ from dinov2_equi.evaluation.dense.measured import MeasuredCurve, measured_figure
 from dinov2_equi.evaluation.dense.pictures import boxes_figure
 from dinov2_equi.evaluation.dense.training import Losses
 from dinov2_equi.evaluation.eval_model import EvalModel
-from dinov2_equi.evaluation.figures import figure_png
+from dinov2_equi.evaluation.figures import write_figure
 from dinov2_equi.run.dense_task import DenseTask, TaskRun, run_dense_task
 
 CURVE_FILE, CURVE_PICTURE = "curve.json", "curve.png"
@@ -69,7 +69,7 @@ class DetectionTask(DenseTask[DetectionSettings, DetectionSet, DetectionModel]):
         add("--shown-score", type=float, default=0.5, metavar="S", help="least score in the picture (default: 0.5)")
         add("--coco-eval", choices=(AUTO, *COCO_LIBRARIES), default=AUTO, help="what measures (default: the faster)")
 
-    def check_libraries(self, args: argparse.Namespace) -> None:
+    def check(self, args: argparse.Namespace) -> None:
         """Ask for what measures the precision."""
         coco_library(args.coco_eval)
 
@@ -142,7 +142,7 @@ class DetectionTask(DenseTask[DetectionSettings, DetectionSet, DetectionModel]):
         """Return the precision against steps, and draw it."""
         columns = curve_of(run).columns(last=curve_numbers(found))
         figure = measured_figure(columns, losses, title=f"{run.name}, {run.settings.detector}")
-        (run.args.output / CURVE_PICTURE).write_bytes(figure_png(figure))
+        write_figure(run.args.output / CURVE_PICTURE, figure)
         return {"curve": columns}
 
     def figure(self, run: DetectionRun) -> Figure:

@@ -42,7 +42,7 @@ from dinov2_equi.evaluation.equivariance import (
 from dinov2_equi.evaluation.equivariance_figure import equivariance_figure
 from dinov2_equi.evaluation.equivariance_tables import equivariance_tables
 from dinov2_equi.evaluation.eval_model import HALF_FEATURES, PLAIN_FEATURES, EvalModel, shared_channels
-from dinov2_equi.evaluation.figures import figure_png
+from dinov2_equi.evaluation.figures import write_figure
 from dinov2_equi.evaluation.probe_images import ProbeImages, load_probe_images
 from dinov2_equi.evaluation.results import write_results
 from dinov2_equi.logging.console import get_console
@@ -279,7 +279,7 @@ def run(args: argparse.Namespace) -> dict[str, ModelScores]:
         settings=describe(args, models, images, families),
     )
     figure = equivariance_figure(scores, settings.curve_features)
-    (args.output / FIGURE_FILE).write_bytes(figure_png(figure))
+    write_figure(args.output / FIGURE_FILE, figure)
     return scores
 
 

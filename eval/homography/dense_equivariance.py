@@ -32,7 +32,7 @@ from dinov2_equi.equi.families.registry import FAMILIES, MIXTURE, NEED_COLOR, bu
 from dinov2_equi.evaluation.dense_equivariance import compare_maps, dense_equivariance
 from dinov2_equi.evaluation.dense_features import DENSE_FEATURES, at_image_size, check_features
 from dinov2_equi.evaluation.eval_model import EvalModel, shared_channels
-from dinov2_equi.evaluation.figures import figure_png
+from dinov2_equi.evaluation.figures import write_figure
 from dinov2_equi.evaluation.pictures import pca_colors, pca_figure
 from dinov2_equi.evaluation.results import folder_name, write_results
 from dinov2_equi.logging.console import get_console
@@ -128,7 +128,7 @@ def measure(args: argparse.Namespace, models: list[EvalModel]) -> dict[str, Numb
             )
             folder = args.output / folder_name(model.name)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / FIGURE_FILE).write_bytes(figure_png(feature_figure(args, sized, images)))
+            write_figure(folder / FIGURE_FILE, feature_figure(args, sized, images))
             model.to("cpu")
     return numbers
 

@@ -30,7 +30,7 @@ from dinov2_equi.distributed.collectives import largest_of_ranks
 from dinov2_equi.distributed.env import get_rank, is_main_process
 from dinov2_equi.evaluation.dense_features import DENSE_FEATURES, check_features
 from dinov2_equi.evaluation.eval_model import EvalModel, shared_channels
-from dinov2_equi.evaluation.figures import figure_png
+from dinov2_equi.evaluation.figures import write_figure
 from dinov2_equi.evaluation.homography import (
     HomographyResult,
     HomographySettings,
@@ -130,14 +130,14 @@ def as_numbers(result: HomographyResult) -> Numbers:
     }
 
 
-def write_figure(path: Path, test: ImageDataset, settings: HomographySettings, result: HomographyResult) -> None:
+def write_pairs(path: Path, test: ImageDataset, settings: HomographySettings, result: HomographyResult) -> None:
     """Write the picture of pairs from the best to the worst answered one."""
     order = result.corner_errors.argsort().tolist()
     count = min(_SHOWN_PAIRS, len(order))
     chosen = [order[round(index * (len(order) - 1) / max(count - 1, 1))] for index in range(count)]
     pairs = pairs_to_measure(test, settings)
     figure = homography_figure([pairs[number] for number in chosen], result.predicted[chosen])
-    path.write_bytes(figure_png(figure))
+    write_figure(path, figure)
 
 
 def measure(
@@ -177,7 +177,7 @@ def measure(
         raise RunStopped(largest_of_ranks(stop.signal, args.device), done)
     model.to("cpu")
     if is_main_process():
-        write_figure(folder / FIGURE_FILE, data[1], settings, result)
+        write_pairs(folder / FIGURE_FILE, data[1], settings, result)
     return as_numbers(result)
 
 

@@ -149,26 +149,8 @@ class ConfusionMetric(BaseMetric):
         return ConfusionMatrix(len(self.dataset_meta["classes"]), IGNORE)
 
 
-class TrainingCrops(Dataset[dict[str, Any]]):
-    """The crops that the plain path trains on, by their position in the training.
-
-    Args:
-        settings: of the task.
-        data: the images.
-    """
-
-    def __init__(self, settings: SegmentationSettings, data: SegmentationSet) -> None:
-        self.metainfo = {"classes": data.classes}
-        self._samples = TrainingSamples(SegmentationAugmentation(settings, data), len(data), settings.seed)
-
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        """Return the crop at a position."""
-        image, labels = self._samples[position]
-        return packed_sample(image, labels, img_shape=image.shape[-2:], ori_shape=image.shape[-2:])
-
-
-class WholeImages(Dataset[dict[str, Any]]):
-    """Images in the sizes in which they are predicted, with class maps in their own.
+class MmsegImages(Dataset[dict[str, Any]]):
+    """Images with what mmsegmentation asks of a data set.
 
     Args:
         settings: of the task.
@@ -178,6 +160,23 @@ class WholeImages(Dataset[dict[str, Any]]):
     def __init__(self, settings: SegmentationSettings, data: SegmentationSet) -> None:
         self.metainfo = {"classes": data.classes}
         self._settings, self._data = settings, data
+
+
+class TrainingCrops(MmsegImages):
+    """The crops that the plain path trains on, by their position in the training."""
+
+    def __init__(self, settings: SegmentationSettings, data: SegmentationSet) -> None:
+        super().__init__(settings, data)
+        self._samples = TrainingSamples(SegmentationAugmentation(settings, data), len(data), settings.seed)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        """Return the crop at a position."""
+        image, labels = self._samples[position]
+        return packed_sample(image, labels, img_shape=image.shape[-2:], ori_shape=image.shape[-2:])
+
+
+class WholeImages(MmsegImages):
+    """Images in the sizes in which they are predicted, with class maps in their own."""
 
     def __len__(self) -> int:
         """Return the number of images."""

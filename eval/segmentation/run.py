@@ -120,12 +120,16 @@ class MmsegTask(SegmentationTask):
 
     settings = MmsegSettings
 
-    def check_libraries(self, args: argparse.Namespace) -> None:
-        """Refuse to begin without mmsegmentation, or mmdet where the head is made of its parts.
+    def check(self, args: argparse.Namespace) -> None:
+        """Refuse several processes, here or in a job, and to begin without mmsegmentation, or mmdet for Mask2Former.
 
         Raises:
+            ValueError: says how many processes.
             ImportError: says how to install it.
         """
+        count = num_processes(args)
+        if count > 1:
+            raise ValueError(f"--framework mmseg runs in one process, got {count}; take --framework torch")
         try:
             from eval.segmentation import mmseg_run  # noqa: F401
 
@@ -136,16 +140,6 @@ class MmsegTask(SegmentationTask):
                 f"--framework mmseg: {error}; install it by pip install -r eval/segmentation/requirements.txt, or take "
                 "--framework torch"
             ) from error
-
-    def check_arguments(self, args: argparse.Namespace) -> None:
-        """Refuse several processes, here or in a job.
-
-        Raises:
-            ValueError: says how many.
-        """
-        count = num_processes(args)
-        if count > 1:
-            raise ValueError(f"--framework mmseg runs in one process, got {count}; take --framework torch")
 
 
 TASKS: dict[str, SegmentationTask] = {TORCH: SegmentationTask(), MMSEG: MmsegTask()}
@@ -159,7 +153,7 @@ def add_framework(parser: argparse.ArgumentParser) -> None:
 
 def train_and_measure_by_mmseg(task: AnyTask, args: argparse.Namespace) -> str:
     """Do what `train_and_measure` does by mmsegmentation, which is imported for nothing else."""
-    task.check_libraries(args)
+    task.check(args)
     from eval.segmentation.mmseg_run import run_mmseg
 
     return run_mmseg(task, args)

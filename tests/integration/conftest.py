@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -15,10 +16,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from dinov2_equi.evaluation.summary import headline_numbers
 from dinov2_equi.fsdp.checkpoint import CheckpointStore, sha256_of_tensors
 from dinov2_equi.run.train import main
 from dinov2_equi.train import guard
@@ -28,6 +32,7 @@ from tests.ranks import exit_codes, launch_ranks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEBUG_CONFIG = REPOSITORY / "configs" / "debug_cpu.yaml"
+InterruptedAt = Callable[[type, str, int], contextlib.AbstractContextManager[None]]
 LEAN = ("logging.report=false", "logging.tensorboard=false", "evaluation.probe=false")
 """Overrides that leave the training itself."""
 
@@ -200,24 +205,101 @@ def assert_refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
 
 
 @pytest.fixture
-def assert_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def assert_task_refused(
+    script: ModuleType, folder: Path, tmp_path: Path, assert_refused: Callable[..., None]
+) -> Callable[..., None]:
+    """As `assert_refused`, of the module's own script on its own data, unless the words name others."""
+
+    def run(words: Sequence[str], message: str) -> None:
+        assert_refused(script, ["--data", str(folder), "--output", str(tmp_path / "out"), *words], message)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def make_pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Any], Any]], Path]:
+    """Return a function that writes ten images of bright and dark squares, and for each what another makes of them.
+
+    Its arguments are a folder's name and a function from [24, 32], 1 where it is bright, to the pixels of a PNG there.
+    """
+
+    def make(name: str, target: Callable[[Any], Any]) -> Path:
+        root = tmp_path_factory.mktemp(name)
+        rng = np.random.default_rng(0)
+        (root / "images").mkdir()
+        (root / name).mkdir()
+        for number in range(10):
+            bright = rng.integers(0, 2, (3, 4)).repeat(8, axis=0).repeat(8, axis=1)
+            pixels = np.stack([bright * 200 + 20] * 3, axis=-1).astype(np.uint8)
+            Image.fromarray(pixels).save(root / "images" / f"{number}.png")
+            Image.fromarray(target(bright)).save(root / name / f"{number}.png")
+        return root
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def labelled_pairs(make_pairs: Callable[[str, Callable[[Any], Any]], Path]) -> Path:
+    """Return pairs for segmentation in which bright is one class and dark the other."""
+    root = make_pairs("annotations", lambda bright: bright.astype(np.uint8))
+    (root / "classes.txt").write_text("dark\nbright\n")
+    return root
+
+
+@pytest.fixture
+def learn_segmentation(script: ModuleType, folder: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Return a function that trains a head on `labelled_pairs` with these words, and returns its results file.
+
+    The head has to learn, and the same command not to train again.
+    """
+
+    def run(words: Sequence[str]) -> dict[str, Any]:
+        given = [*words, "head=multiscale", "--data", str(folder), "--output", str(tmp_path)]
+        assert script.main(given) == 0
+        document: dict[str, Any] = json.loads((tmp_path / "results.json").read_text())
+        (numbers,) = document["numbers"].values()
+        assert document["task"] == "segmentation" and numbers["num_images"] == 2
+        assert set(numbers["iou"]) == {"dark", "bright"}
+        assert numbers["miou"] > 1.2 * numbers["majority_baseline"]["miou"]
+        assert headline_numbers(document) == {"mIoU": numbers["miou"]}
+        with Image.open(tmp_path / "predictions.png") as picture:
+            assert picture.width > 400
+        assert script.main(given) == 0  # from the last checkpoint
+        assert json.loads((tmp_path / "results.json").read_text())["numbers"] == document["numbers"]
+        return document
+
+    return run
+
+
+@pytest.fixture
+def interrupted_at(monkeypatch: pytest.MonkeyPatch) -> InterruptedAt:
+    """Return a function from a class, a method of it and a number to a block in which that call is met by Ctrl-C."""
+
+    @contextlib.contextmanager
+    def block(owner: type, name: str, number: int) -> Iterator[None]:
+        method = getattr(owner, name)
+        calls = itertools.count(1)
+
+        def stopped(*arguments: object) -> object:
+            if next(calls) == number:
+                raise KeyboardInterrupt
+            return method(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, stopped)
+            yield
+
+    return block
+
+
+@pytest.fixture
+def assert_resumes(tmp_path: Path, interrupted_at: InterruptedAt) -> Callable[..., None]:
     """Return a function that trains a head twice, once with a stop, and compares what was measured."""
 
     def compare(script: ModuleType, model: type, words: Sequence[str], stop_at: int) -> None:
         whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
         assert script.main([*words, "--output", whole]) == 0
-        losses = model.losses  # type: ignore[attr-defined]
-        calls = 0
-
-        def stopped(*arguments: object) -> object:
-            nonlocal calls
-            calls += 1
-            if calls == stop_at:
-                raise KeyboardInterrupt
-            return losses(*arguments)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(model, "losses", stopped)
+        with interrupted_at(model, "losses", stop_at):
             assert script.main([*words, "--output", cut]) == 130
         assert script.main([*words, "--output", cut]) == 0
         found = [json.loads((Path(folder) / "results.json").read_text())["numbers"] for folder in (whole, cut)]

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,17 +27,9 @@ def script(load_script: Callable[[Path], ModuleType]) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(make_pairs: Callable[[str, Callable[[Any], Any]], Path]) -> Path:
     """Return pairs in which bright means far."""
-    root = tmp_path_factory.mktemp("depth")
-    rng = np.random.default_rng(0)
-    (root / "images").mkdir()
-    (root / "depth").mkdir()
-    for number in range(10):
-        far = rng.integers(0, 2, (3, 4)).repeat(8, axis=0).repeat(8, axis=1)  # [24, 32]
-        Image.fromarray(np.stack([far * 200 + 20] * 3, axis=-1).astype(np.uint8)).save(root / f"images/{number}.png")
-        Image.fromarray((far * 3000 + 1000).astype(np.uint16)).save(root / f"depth/{number}.png")
-    return root
+    return make_pairs("depth", lambda bright: (bright * 3000 + 1000).astype(np.uint16))
 
 
 def test_head_learns_nothing_or_the_files_are_not_written(
@@ -67,23 +60,17 @@ def test_stopped_run_ends_with_other_numbers(
     ("words", "message"),
     [
         (("--data", "nowhere"), "there is no folder nowhere"),
-        (("--data", "FOLDER", "--layout", "nyu"), "NYUv2 must lie as"),
-        (("--data", "FOLDER", "--set", "heads=dpt"), "did you mean head?"),
-        (("--data", "FOLDER", "--set", "head=mlp"), "expected head to be one of linear, linear4, dpt"),
-        (("--data", "FOLDER", "--config", "nowhere.yaml"), "nowhere.yaml"),
-        (("--data", "FOLDER", "--weights", "runs/nowhere"), "there is no file 'runs/nowhere'"),
+        (("--layout", "nyu"), "NYUv2 must lie as"),
+        (("--set", "heads=dpt"), "did you mean head?"),
+        (("--set", "head=mlp"), "expected head to be one of linear, linear4, dpt"),
+        (("--config", "nowhere.yaml"), "nowhere.yaml"),
+        (("--weights", "runs/nowhere"), "there is no file 'runs/nowhere'"),
     ],
 )
 def test_wrong_input_gives_a_traceback(
-    script: ModuleType,
-    folder: Path,
-    tmp_path: Path,
-    assert_refused: Callable[..., None],
-    words: tuple[str, ...],
-    message: str,
+    assert_task_refused: Callable[..., None], words: tuple[str, ...], message: str
 ) -> None:
-    given = [word.replace("FOLDER", str(folder)) for word in words]
-    assert_refused(script, ["--weights", "random:vit_test_tiny/8", *given, "--output", str(tmp_path / "out")], message)
+    assert_task_refused(["--weights", "random:vit_test_tiny/8", *words], message)
 
 
 @pytest.mark.parametrize("path", sorted((SCRIPT.parent / "configs").iterdir()), ids=lambda path: path.name)

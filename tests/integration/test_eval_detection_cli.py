@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 
 from dinov2_equi.evaluation.dense.settings import read_settings
 from dinov2_equi.evaluation.summary import headline_numbers
+from dinov2_equi.fsdp.checkpoint import CheckpointStore
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "eval" / "detection" / "run.py"
@@ -90,23 +92,26 @@ def test_curve_or_its_picture_is_missing(tmp_path: Path, script: ModuleType, fol
     assert found[0] == found[1]
 
 
+def test_a_kill_while_it_is_measured_loses_the_steps_or_a_point_of_the_curve(
+    tmp_path: Path, script: ModuleType, folder: Path, interrupted_at: Callable[..., Any]
+) -> None:
+    words = (*TINY, *RECIPE, "detector=linear", "save_every=2", "curve_every=2", "--data", str(folder))
+    assert script.main([*words, "--output", str(tmp_path / "whole")]) == 0
+    with interrupted_at(script.DetectionTask, "evaluate", 1):
+        assert script.main([*words, "--output", str(tmp_path / "cut")]) == 130
+    assert CheckpointStore(tmp_path / "cut" / "checkpoints", read_only=True).latest_step() == 2
+    assert script.main([*words, "--output", str(tmp_path / "cut")]) == 0
+    found = [json.loads((tmp_path / name / "results.json").read_text())["numbers"] for name in ("whole", "cut")]
+    assert found[0] == found[1]
+
+
 def test_other_steps_of_measurement_are_refused_by_a_stopped_training(
-    tmp_path: Path, script: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, script: ModuleType, folder: Path, interrupted_at: Callable[..., Any]
 ) -> None:
     """What was measured before the stop stays on the curve; steps that were left out are not made up for."""
     words = (*TINY, *RECIPE, "detector=linear")
     rest = ("--data", str(folder), "--output", str(tmp_path))
-    losses, calls = script.DetectionModel.losses, 0
-
-    def stopped(*arguments: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise KeyboardInterrupt
-        return losses(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(script.DetectionModel, "losses", stopped)
+    with interrupted_at(script.DetectionModel, "losses", 3):
         assert script.main([*words, "curve_every=1", *rest]) == 130
     assert script.main([*words, "curve_every=3", *rest]) == 0
     (numbers,) = json.loads((tmp_path / "results.json").read_text())["numbers"].values()
@@ -127,19 +132,14 @@ def test_files_that_lie_elsewhere(tmp_path: Path, script: ModuleType, folder: Pa
         ((), "give --data FOLDER alone, or both --train JSON IMAGES and --val JSON IMAGES"),
         (("--data", "nowhere"), "no train images with annotations in nowhere"),
         (("--train", "a.json", "b"), "both --train JSON IMAGES and --val"),
-        (("--data", "FOLDER", "--set", "detectors=yolo"), "did you mean detector?"),
+        (("--data", ".", "--set", "detectors=yolo"), "did you mean detector?"),
     ],
 )
 def test_wrong_input_gives_a_traceback(
-    script: ModuleType,
-    folder: Path,
-    tmp_path: Path,
-    assert_refused: Callable[..., None],
-    words: tuple[str, ...],
-    message: str,
+    script: ModuleType, tmp_path: Path, assert_refused: Callable[..., None], words: tuple[str, ...], message: str
 ) -> None:
-    given = [word.replace("FOLDER", str(folder)) for word in words]
-    assert_refused(script, ["--weights", "random:vit_test_tiny/16", *given, "--output", str(tmp_path / "out")], message)
+    given = ["--weights", "random:vit_test_tiny/16", *words, "--output", str(tmp_path / "out")]
+    assert_refused(script, given, message)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), MemoryError(), "of the processor"])

@@ -40,7 +40,6 @@ from dinov2_equi.evaluation.dense.settings import read_settings
 from dinov2_equi.evaluation.dense.training import LoopSettings, parameter_groups
 from dinov2_equi.evaluation.eval_model import EvalModel
 from dinov2_equi.evaluation.model import RawPixels, random_backbone
-from dinov2_equi.evaluation.summary import headline_numbers
 from dinov2_equi.run import launch
 from eval.segmentation import mmseg_loop, mmseg_parts, mmseg_run
 from eval.segmentation.mask2former import mask2former_head
@@ -69,18 +68,8 @@ def script(load_script: Callable[[Path], ModuleType]) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return pairs in which bright is one class and dark the other."""
-    root = tmp_path_factory.mktemp("segmentation")
-    rng = np.random.default_rng(0)
-    (root / "images").mkdir()
-    (root / "annotations").mkdir()
-    (root / "classes.txt").write_text("dark\nbright\n")
-    for number in range(10):
-        bright = rng.integers(0, 2, (3, 4)).repeat(8, axis=0).repeat(8, axis=1)  # [24, 32]
-        Image.fromarray(np.stack([bright * 200 + 20] * 3, axis=-1).astype(np.uint8)).save(root / f"images/{number}.png")
-        Image.fromarray(bright.astype(np.uint8)).save(root / f"annotations/{number}.png")
-    return root
+def folder(labelled_pairs: Path) -> Path:
+    return labelled_pairs
 
 
 def backbone(patch_size: int = 8) -> EvalModel:
@@ -101,23 +90,13 @@ def both_models(head: str, model: EvalModel) -> tuple[SegmentationModel, Any]:
     return plain.eval(), theirs.eval()
 
 
-def test_head_learns_nothing_or_the_files_are_not_written(tmp_path: Path, script: ModuleType, folder: Path) -> None:
-    words = (*TINY, *RECIPE, "head=multiscale", "--data", str(folder), "--output", str(tmp_path))
-    assert script.main([*words]) == 0
-    document = json.loads((tmp_path / "results.json").read_text())
+def test_head_learns_nothing_or_the_files_are_not_written(learn_segmentation: Callable[..., dict[str, Any]]) -> None:
+    document = learn_segmentation([*TINY, *RECIPE])
     (numbers,) = document["numbers"].values()
-    assert document["task"] == "segmentation" and document["settings"]["framework"] == "mmseg"
-    assert set(numbers["iou"]) == {"dark", "bright"} and numbers["num_images"] == 2
-    assert numbers["miou"] > 1.2 * numbers["majority_baseline"]["miou"]
-    assert headline_numbers(document) == {"mIoU": numbers["miou"]}
+    assert document["settings"]["framework"] == "mmseg" and len(numbers["train_loss"]["loss"]) == 30
     # mmsegmentation's own metric rounds to hundredths of a percent.
     wanted = {"mIoU": numbers["miou"], "aAcc": numbers["pixel_accuracy"], "mAcc": numbers["mean_accuracy"]}
     assert numbers["mmseg"] == pytest.approx({name: 100 * value for name, value in wanted.items()}, abs=0.00501)
-    assert len(numbers["train_loss"]["loss"]) == 30
-    with Image.open(tmp_path / "predictions.png") as picture:
-        assert picture.width > 400
-    assert script.main([*words]) == 0  # from the last checkpoint
-    assert list(json.loads((tmp_path / "results.json").read_text())["numbers"].values()) == [numbers]
 
 
 @pytest.mark.parametrize("head", ["linear", "multiscale"])
@@ -144,22 +123,11 @@ def test_results_file_has_another_form_than_the_plain_path(
     ids=["frozen", "all", "mask2former"],
 )
 def test_stopped_run_ends_with_other_numbers(
-    tmp_path: Path, script: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+    tmp_path: Path, script: ModuleType, folder: Path, interrupted_at: Callable[..., Any], more: tuple[str, ...]
 ) -> None:
     words = (*TINY, *RECIPE, *more, "steps=5", "save_every=2", "--data", str(folder))
     assert script.main([*words, "--output", str(tmp_path / "whole")]) == 0
-    losses = mmseg_parts.PaddedEncoderDecoder.loss
-    calls = 0
-
-    def stopped(*arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise KeyboardInterrupt
-        return losses(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(mmseg_parts.PaddedEncoderDecoder, "loss", stopped)
+    with interrupted_at(mmseg_parts.PaddedEncoderDecoder, "loss", 4):
         assert script.main([*words, "--output", str(tmp_path / "cut")]) == 130
     assert mmseg_loop.newest_checkpoint(tmp_path / "cut/mmseg/checkpoints")[0] == 2
     assert script.main([*words, "--output", str(tmp_path / "cut")]) == 0
@@ -393,42 +361,27 @@ def test_config_and_checkpoint_of_a_run_mean_nothing_to_mmsegmentation(
     ],
 )
 def test_wrong_input_gives_a_traceback(
-    script: ModuleType,
-    folder: Path,
-    tmp_path: Path,
-    assert_refused: Callable[..., None],
-    words: tuple[str, ...],
-    message: str,
+    assert_task_refused: Callable[..., None], words: tuple[str, ...], message: str
 ) -> None:
-    given = (*TINY, *words, "--data", str(folder), "--output", str(tmp_path / "out"))
-    assert_refused(script, given, message)
+    assert_task_refused([*TINY, *words], message)
 
 
 def test_exhausted_memory_gives_no_advice(
-    script: ModuleType,
-    folder: Path,
-    tmp_path: Path,
-    assert_refused: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
+    assert_task_refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def exhausted(*arguments: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(mmseg_parts.PaddedEncoderDecoder, "loss", exhausted)
-    words = (*TINY, *RECIPE, "--data", str(folder), "--output", str(tmp_path / "out"))
-    assert_refused(script, words, "there is not enough memory: lower batch_size (now 4)")
+    assert_task_refused([*TINY, *RECIPE], "there is not enough memory: lower batch_size (now 4)")
 
 
 def test_missing_mmdet_gives_a_traceback(
-    script: ModuleType,
-    folder: Path,
-    tmp_path: Path,
-    assert_refused: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
+    assert_task_refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "mmdet.models", None)
-    words = (*TINY, *MASK2FORMER, "--data", str(folder), "--output", str(tmp_path / "out"))
-    assert_refused(script, words, "pip install -r eval/segmentation/requirements.txt, or take --framework torch")
+    message = "pip install -r eval/segmentation/requirements.txt, or take --framework torch"
+    assert_task_refused([*TINY, *MASK2FORMER], message)
 
 
 def test_loader_processes_outlive_the_run(tmp_path: Path, script: ModuleType, folder: Path) -> None:

@@ -25,15 +25,7 @@ def read_settings(kind: type[T], path: Path | None, words: Sequence[str]) -> T:
         ValueError: an unknown name (with the nearest known one), or a value of another kind.
         OSError: the file cannot be read.
     """
-    changes: dict[str, Any] = {}
-    if path is not None:
-        try:
-            read = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is no valid YAML: {error}") from error
-        if not isinstance(read, dict):
-            raise ValueError(f"expected {path} to hold NAME: VALUE lines, got {type(read).__name__}")
-        changes |= read
+    changes = read_mapping(path) if path is not None else {}
     for word in words:
         name, separator, text = word.partition("=")
         if not separator:
@@ -41,6 +33,22 @@ def read_settings(kind: type[T], path: Path | None, words: Sequence[str]) -> T:
         changes[name] = yaml.safe_load(text)
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     return kind(**{name: _converted(name, value, defaults) for name, value in changes.items()})
+
+
+def read_mapping(path: Path) -> dict[Any, Any]:
+    """Return what a YAML file of `NAME: VALUE` lines holds.
+
+    Raises:
+        ValueError: it holds something else.
+        OSError: it cannot be read.
+    """
+    try:
+        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(read, dict):
+        raise ValueError(f"expected {path} to hold NAME: VALUE lines, got {type(read).__name__}")
+    return read
 
 
 def _converted(name: str, value: Any, defaults: dict[str, Any]) -> Any:

@@ -56,7 +56,7 @@ def test_a_shortened_option_is_taken_and_its_file_is_not_read(tmp_path: Path) ->
         ("lr:\n", "expected lr in .* got None"),
         ("gpus_per_node: 8\n", "gpus_per_node in .* says how a job starts: give it on the command line"),
         ("config: other.yaml\n", "config in .* is no option for a file"),
-        ("- 1\n", "to hold lines like `steps: 5000`, got list"),
+        ("- 1\n", "to hold NAME: VALUE lines, got list"),
         ("a: [\n", "is no valid YAML"),
         (None, "No such file"),
     ],

@@ -35,14 +35,13 @@ def pixel_sizes(dataset: ListedImages, max_images: int | None = None) -> tuple[l
         dataset: Images by their paths.
         max_images: Evenly spread; None: all.
     """
+    indices = spread_indices(len(dataset), len(dataset) if max_images is None else max_images)
     if dataset.num_bytes is None:
-        indices = spread_indices(len(dataset), len(dataset) if max_images is None else max_images)
         return indices, _read(dataset, indices)
     places = index_places(["pixel sizes", str(Path(dataset.path(0)).resolve()), _digest(dataset)])
     stored = load_index(places, _ARRAYS, lambda arrays: arrays["sizes"].shape == (len(dataset), 2))
     if stored is not None:
         return list(range(len(dataset))), stored["sizes"]
-    indices = spread_indices(len(dataset), len(dataset) if max_images is None else max_images)
     sizes = _read(dataset, indices)
     if len(indices) == len(dataset) >= STORED_FROM:
         sizes = store_index(places, {"sizes": sizes})["sizes"]

@@ -26,20 +26,19 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch  # noqa: E402 (after the path guard)
+from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from dinov2_equi.hub.exporters import TOLERANCE, Source  # noqa: E402
 from dinov2_equi.models.vision_transformer import DinoVisionTransformer  # noqa: E402
 from dinov2_equi.run.command import EXIT_DONE, EXIT_FAILED, command_parser, run_command  # noqa: E402
 from dinov2_equi.run.export import export  # noqa: E402
-from dinov2_equi.train.export import BACKBONE_FILE, TEACHER_FILE, export_teacher  # noqa: E402
+from dinov2_equi.train.export import BACKBONE_FILE, BRANCH_FILE, TEACHER_FILE, export_teacher  # noqa: E402
 from dinov2_equi.train.from_checkpoint import find_checkpoint, model_of  # noqa: E402
 from dinov2_equi.train.ssl_meta_arch import SSLMetaArch  # noqa: E402
 
 FILES = {"safetensors": BACKBONE_FILE, "pth": f"{Path(BACKBONE_FILE).stem}_pretrain.pth"}
 """The backbone alone, by the formats of `run/export.py`."""
-
-TEACHER = "teacher."
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -58,19 +57,23 @@ def make_source(model: SSLMetaArch) -> Source:
     return Source(backbone, Path(BACKBONE_FILE).stem, cfg.crops.global_crops_size, cfg.data.mean, cfg.data.std)
 
 
-def differing(path: Path, weights: Mapping[str, Tensor]) -> list[str]:
-    """Return the tensors of the teacher that are not in a written file bit for bit."""
-    written = torch.load(path, weights_only=True)["teacher"]
-    wanted = {name.removeprefix(TEACHER): t for name, t in weights.items() if name.startswith(TEACHER)}
+def differing(written: Mapping[str, Tensor], weights: Mapping[str, Tensor], part: str) -> list[str]:
+    """Return the tensors of a part of the model, such as `teacher`, that were not written bit for bit."""
+    wanted = {name.removeprefix(f"{part}."): t for name, t in weights.items() if name.startswith(f"{part}.")}
     return [name for name, t in wanted.items() if name not in written or not torch.equal(written[name], t)]
 
 
 def write_and_check(model: SSLMetaArch, weights: Mapping[str, Tensor], folder: Path) -> bool:
     """Write all files, say how each compares with the weights of a checkpoint, and return whether all are right."""
     export_teacher(model, folder)
-    wrong = differing(folder / TEACHER_FILE, weights)
-    sys.stdout.write(f"{TEACHER_FILE:<32}{'DIFFERS in ' + ', '.join(wrong[:3]) if wrong else 'bit for bit'}\n")
-    is_sound = not wrong
+    written = {
+        TEACHER_FILE: differing(torch.load(folder / TEACHER_FILE, weights_only=True)["teacher"], weights, "teacher")
+    }
+    if (folder / BRANCH_FILE).exists():
+        written[BRANCH_FILE] = differing(load_file(folder / BRANCH_FILE), weights, "equi")
+    for name, wrong in written.items():
+        sys.stdout.write(f"{name:<32}{'DIFFERS in ' + ', '.join(wrong[:3]) if wrong else 'bit for bit'}\n")
+    is_sound = not any(written.values())
     for name, found in export(make_source(model), tuple(FILES), folder).items():
         is_same = not isinstance(found, str) and found <= TOLERANCE
         is_sound &= is_same

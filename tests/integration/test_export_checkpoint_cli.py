@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dinov2_equi.config.schema import Config
 from dinov2_equi.fsdp.checkpoint import CheckpointStore, read_checkpoint
@@ -79,7 +79,10 @@ def test_torch_hub_does_not_load_what_a_checkpoint_is_exported_to(
     shutil.rmtree(path)
 
 
+@pytest.mark.parametrize(("name", "tensor"), [(FILES[0], "backbone.cls_token"), (FILES[2], "objective.")])
 def test_a_wrong_file_is_taken_for_a_right_one(
+    name: str,
+    tensor: str,
     script: ModuleType,
     finished_run: Path,
     tmp_path: Path,
@@ -90,13 +93,16 @@ def test_a_wrong_file_is_taken_for_a_right_one(
 
     def spoil(model: torch.nn.Module, folder: Path) -> None:
         write(model, folder)
-        content = torch.load(folder / FILES[0], weights_only=True)
-        content["teacher"]["backbone.cls_token"] += 1
-        torch.save(content, folder / FILES[0])
+        content = tensors_in(folder / name)
+        next(t for key, t in content.items() if key.startswith(tensor)).add_(1)
+        if name == FILES[0]:
+            torch.save({"teacher": content}, folder / name)
+        else:
+            save_file(content, folder / name)
 
     monkeypatch.setattr(script, "export_teacher", spoil)
     assert script.main([str(finished_run), "--output", str(tmp_path)]) == 1
-    assert "DIFFERS in backbone.cls_token" in capsys.readouterr().out
+    assert f"DIFFERS in {tensor}" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 

@@ -281,6 +281,12 @@ def check_finite(terms: Losses, step: int) -> None:
         raise ValueError(f"the loss of step {step + 1} is not finite ({values}): lower lr, or look at the images")
 
 
+def means_over_ranks(terms: Losses) -> Losses:
+    """Return the means of numbers over all processes, float32 and detached; every process calls it."""
+    means = all_reduce_mean(torch.stack([term.detach().float() for term in terms.values()]))
+    return dict(zip(terms, means, strict=True))
+
+
 def _step(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -294,8 +300,7 @@ def _step(
         torch.manual_seed(step_seed(settings, step))
         terms = loss_terms()
         loss = torch.stack(list(terms.values())).sum()
-    means = all_reduce_mean(torch.stack([term.detach().float() for term in terms.values()]))
-    found = dict(zip(terms, means, strict=True))
+    found = means_over_ranks(terms)
     check_finite(found, step)
     optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(loss)

@@ -156,7 +156,7 @@ def train(
     module: nn.Module,
     backbone: nn.Module,
     losses_of: Callable[[Any], Losses],
-    samples: TrainingSamples,
+    samples: Dataset[Any],
     *,
     settings: LoopSettings,
     folder: Path,
@@ -175,7 +175,7 @@ def train(
         module: changed in place; its weights live on the device where it is to be trained. In evaluation mode after it.
         backbone: the part that may be frozen; a frozen one is not written.
         losses_of: returns the terms of the loss for a batch, which it puts on the device.
-        samples: of the whole training.
+        samples: of the whole training, by position in it, such as `TrainingSamples`.
         settings: the recipe.
         folder: checkpoints go to `checkpoints` in it.
         identity: what the training depends on beside its settings, as JSON: a checkpoint of another one is refused.
@@ -322,7 +322,7 @@ def _resume(
     if store.latest_step() is None:
         return []
     checkpoint = store.load()
-    check_same_training(checkpoint.state["identity"], identity, store.directory)
+    check_same_training(checkpoint.state.get("identity", {}), identity, store.directory)
     own = trained_state(module, backbone)
     found = checkpoint.tensors["model"]
     assert own.keys() == found.keys()  # the identity is the same

@@ -301,8 +301,6 @@ def make_segmentation_set(
     """
     if layout not in LAYOUTS:
         raise DatasetError(f"expected a layout of {', '.join(LAYOUTS)}, got {layout!r}")
-    if not root.expanduser().is_dir():
-        raise DatasetError(f"there is no folder {root}")
     if layout == "folder":
         return segmentation_folder(root.expanduser(), split, num_classes=num_classes, ignored=ignored)
     if num_classes or ignored:

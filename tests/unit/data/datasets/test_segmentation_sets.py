@@ -139,11 +139,15 @@ def test_value_above_or_below_all_classes_is_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["camvid", "voc", "ade20k", "cityscapes", "coco_stuff"])
-def test_missing_data_set_gives_no_way_to_get_it(tmp_path: Path, layout: str) -> None:
-    with pytest.raises(DatasetError, match="must lie as .* get it at http"):
-        make_segmentation_set(layout, tmp_path, "train")
-    with pytest.raises(DatasetError, match="there is no folder"):
-        make_segmentation_set(layout, tmp_path / "nowhere", "train")
+@pytest.mark.parametrize("folder", ["", "nowhere"])
+def test_missing_data_set_gives_no_way_to_get_it(tmp_path: Path, layout: str, folder: str) -> None:
+    with pytest.raises(DatasetError, match=f"{tmp_path / folder}.* must lie as .* get it at http"):
+        make_segmentation_set(layout, tmp_path / folder, "train")
+
+
+def test_missing_folder_of_pairs_does_not_say_what_it_would_hold(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="there is no folder .*nowhere; it would hold one of images"):
+        make_segmentation_set("folder", tmp_path / "nowhere", "train")
 
 
 def test_file_of_a_list_is_missing(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from dinov2_equi.layers.attention import Attention
@@ -51,6 +52,19 @@ def _products_context() -> tuple[AbstractContextManager[None], AbstractContextMa
     return contexts
 
 
+class TokenNorm(nn.LayerNorm):
+    """LayerNorm whose parameters may be shorter numbers than its input, as those of a sharded block are.
+
+    On CUDA autocast sees to it; on the CPU PyTorch refuses.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - PyTorch's name
+        """Normalise the last axis of `input`, in the longer of the two number formats."""
+        dtype = torch.promote_types(self.weight.dtype, input.dtype)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: attention, then feed-forward, each added to its input.
 
@@ -84,10 +98,10 @@ class Block(nn.Module):
         self.micro_batch: MicroBatch | None = None  # set while a batch is passed in parts
         self.checkpointed = False  # True: keeps its input alone, and runs again in the backward pass
         self.keep_products = False  # and keeps also the results of matrix products, which then do not run again
-        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm1 = TokenNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias)
         self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm2 = TokenNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = ffn_layer(dim, int(dim * mlp_ratio), act_layer=act_layer, bias=ffn_bias)
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
 

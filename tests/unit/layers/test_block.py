@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from dinov2_equi.layers.block import Block, draw_subset
+from dinov2_equi.layers.block import Block, TokenNorm, draw_subset
 from dinov2_equi.layers.layer_scale import LayerScale
 
 WIDTH = 16
@@ -147,6 +147,15 @@ def test_training_under_autocast_fails() -> None:
     assert out.dtype == torch.float32
     out.sum().backward()
     assert torch.isfinite(x.grad).all()
+
+
+def test_short_parameters_of_a_norm_are_refused_or_shorten_its_input() -> None:
+    torch.manual_seed(0)
+    norm, x = TokenNorm(WIDTH), torch.randn(5, WIDTH)
+    nn.init.normal_(norm.weight)
+    expected = nn.functional.layer_norm(x, (WIDTH,), norm.weight.bfloat16().float(), norm.bias, norm.eps)
+    assert torch.equal(norm.bfloat16()(x), expected)
+    assert torch.equal(TokenNorm(WIDTH)(x.bfloat16()), nn.LayerNorm(WIDTH)(x.bfloat16()))
 
 
 def step_of(run: Callable[..., Tensor], block: Block, x: Tensor) -> tuple[Tensor, Counter[str]]:

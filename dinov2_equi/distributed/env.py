@@ -37,13 +37,17 @@ def share_of_rank(count: int) -> range:
     return range(get_rank(), count, get_world_size())
 
 
-def share_of_batch(batch_size: int) -> int:
-    """Return how many images of a batch of all processes this process has.
+def share_of_batch(batch_size: int, world_size: int = 0) -> int:
+    """Return how many images of a batch of all processes one process has.
+
+    Args:
+        batch_size: of all together.
+        world_size: how many they are; 0: those of the default group.
 
     Raises:
         ValueError: they cannot be divided evenly.
     """
-    world_size = get_world_size()
+    world_size = world_size or get_world_size()
     if batch_size % world_size:
         raise ValueError(
             f"batch_size={batch_size} counts the images of all processes: take a multiple of {world_size}, as many as "

@@ -7,8 +7,6 @@ more; the rest is ours.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,16 +19,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
 from dinov2_equi.data.datasets.base import ImageDataset
-from dinov2_equi.data.restarting_loader import RestartingLoader
 from dinov2_equi.data.signals import start_worker
-from dinov2_equi.distributed.collectives import (
-    all_reduce_mean,
-    average_gradients_,
-    gather_shares,
-    largest_of_ranks,
-    wait_for_all_ranks,
-)
-from dinov2_equi.distributed.env import is_main_process, share_of_rank
+from dinov2_equi.distributed.collectives import gather_shares
+from dinov2_equi.distributed.env import share_of_rank
+from dinov2_equi.evaluation.dense.maps import freeze
+from dinov2_equi.evaluation.dense.training import LoopSettings, Losses
+from dinov2_equi.evaluation.dense.training import train as train_head
 from dinov2_equi.evaluation.dense_features import at_image_size, check_features, feature_map, resample, whole_patches
 from dinov2_equi.evaluation.eval_model import EvalModel
 from dinov2_equi.evaluation.homography_pairs import (
@@ -41,9 +35,7 @@ from dinov2_equi.evaluation.homography_pairs import (
     PairSettings,
     corner_errors,
 )
-from dinov2_equi.evaluation.step_loader import step_loader
 from dinov2_equi.evaluation.stored_features import dataset_digest, weights_digest
-from dinov2_equi.fsdp.checkpoint import CheckpointStore, flatten_optimizer, restore_optimizer_
 
 NUM_CORNERS = 4
 
@@ -93,6 +85,20 @@ class HomographySettings:
                 "expected counts and sizes of at least 1, lr > 0 and backbone_lr >= 0, got "
                 + ", ".join([*wrong, f"lr = {self.lr}", f"backbone_lr = {self.backbone_lr}"])
             )
+
+    def loop(self, save_every: int) -> LoopSettings:
+        """Return the settings of the training loop, with so many steps between two checkpoints."""
+        return LoopSettings(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            warmup_steps=min(max(self.steps // 20, 1), self.steps - 1),
+            weight_decay=self.weight_decay,
+            layer_decay=1.0,
+            backbone_lr=self.backbone_lr / self.lr or 1.0,  # a frozen one has none
+            save_every=save_every,
+            seed=self.seed,
+        )
 
 
 @dataclass(frozen=True)
@@ -163,6 +169,7 @@ class HomographyNet(nn.Module):
         self.backbone = self.model.backbone
         self.settings = settings
         self.is_frozen = settings.backbone_lr == 0
+        freeze(self.backbone, self.is_frozen)
         device = next((p.device for p in model.backbone.parameters()), torch.device("cpu"))
         with torch.no_grad():
             dim, *grid = self._maps(torch.zeros(1, len(model.mean), *self.size, device=device)).shape[1:]
@@ -182,6 +189,11 @@ class HomographyNet(nn.Module):
         shifts: Tensor = self.head(*maps.chunk(2))
         return shifts
 
+    def loss(self, pairs: Pair) -> Tensor:
+        """Return the mean squared error of the shifts, in units of the largest."""
+        error = F.mse_loss(self(pairs.first, pairs.second), pairs.shifts)
+        return error / self.settings.pairs.max_shift**2
+
 
 def fit_homography(
     model: EvalModel,
@@ -193,10 +205,10 @@ def fit_homography(
     device: torch.device | str = "cpu",
     num_workers: int = 0,
     save_every: int = 500,
-    on_step: Callable[[int, float | None], None] | None = None,
+    on_step: Callable[[int, Losses], None] | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> HomographyResult | None:
-    """Train a head, going on from the last checkpoint in `folder`, and measure it on pairs of other images.
+    """Train a head, going on from its last checkpoint in `folder`, and measure it on pairs of other images.
 
     A training that was stopped and goes on gives the same numbers as one that was not, on the same device. Every
     process of a group must call it; they divide the pairs of each step and of the measurement, and the first writes.
@@ -208,7 +220,7 @@ def fit_homography(
         model: its weights live on `device`; trained on where `settings.backbone_lr` is not 0.
         train, test: disjoint images.
         settings: the task and the recipe.
-        folder: of the checkpoints; only of trainings with the same settings, images and weights.
+        folder: checkpoints go to `checkpoints` in it; only of a training with the same settings, images and weights.
         device: where to compute.
         num_workers: processes that make pairs.
         save_every: steps between checkpoints.
@@ -220,131 +232,35 @@ def fit_homography(
         CheckpointError: no checkpoint is undamaged, or one could not be written.
     """
     settings.check()
-    key = training_key(model, train, settings)
     net = HomographyNet(model, settings).to(device)
-    optimizer = torch.optim.AdamW(_parameter_groups(net, settings), betas=(0.9, 0.999))
-    store = CheckpointStore(folder, keep=2)
-    wait_for_all_ranks()  # until the first one has cleared what a crash left
-    step, losses = _resume(net, optimizer, store, key)
-    if on_step is not None and step:
-        on_step(step, None)
-    for batch in _loader(train, settings, step, num_workers):
-        losses.append(_step(net, optimizer, Pair(*batch), settings, step=step, device=device))
-        step += 1
-        is_stopped = largest_of_ranks(int(asked_to_stop()), device) > 0
-        if is_main_process() and (step % save_every == 0 or step == settings.steps or is_stopped):
-            _save(net, optimizer, store, step, {"key": key, "losses": losses})
-        if on_step is not None:
-            on_step(step, losses[-1])
-        if is_stopped:
-            return None
-    return measure_homography(net, test, losses, device=device, num_workers=num_workers)
-
-
-def _loader(train: ImageDataset, settings: HomographySettings, start: int, num_workers: int) -> RestartingLoader[Pair]:
-    """Return the batches of this process from a step on."""
     pairs = HomographyPairs(
         train, settings.pairs, length=settings.steps * settings.batch_size, stream=TRAIN_STREAM, seed=settings.seed
     )
-    return step_loader(
+    losses = train_head(
+        net,
+        net.backbone,
+        lambda batch: {"loss": net.loss(Pair(*(values.to(device) for values in batch)))},
         pairs,
-        batch_size=settings.batch_size,
-        start_step=start,
-        num_steps=settings.steps,
+        settings=settings.loop(save_every),
+        folder=folder,
+        identity=training_identity(model, train, settings),
         num_workers=num_workers,
+        on_step=on_step,
+        asked_to_stop=asked_to_stop,
     )
+    if len(losses) < settings.steps:
+        return None
+    return measure_homography(net, test, losses, device=device, num_workers=num_workers)
 
 
-def training_key(model: EvalModel, train: ImageDataset, settings: HomographySettings) -> str:
-    """Return a SHA-256 of what a training depends on: weights, images, settings."""
-    facts = {
+def training_identity(model: EvalModel, train: ImageDataset, settings: HomographySettings) -> dict[str, Any]:
+    """Return what a training depends on: weights, images, settings."""
+    return {
         "weights": weights_digest(model.backbone),
         "normalisation": [model.mean, model.std],
         "images": dataset_digest(train),
-        "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "test_pairs"},
+        "settings": {name: value for name, value in dataclasses.asdict(settings).items() if name != "test_pairs"},
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _parameter_groups(net: HomographyNet, settings: HomographySettings) -> list[dict[str, Any]]:
-    parts: list[tuple[str, nn.Module, float]] = [("head", net.head, settings.lr)]
-    if not net.is_frozen:
-        parts.append(("backbone", net.backbone, settings.backbone_lr))
-    groups = []
-    for part, module, lr in parts:
-        named = [(f"{part}.{name}", p) for name, p in module.named_parameters() if "mask_token" not in name]
-        for decays in (True, False):
-            chosen = [(name, p) for name, p in named if (p.dim() > 1) == decays]
-            groups.append(
-                {
-                    "params": [p for _, p in chosen],
-                    "names": [name for name, _ in chosen],
-                    "lr": lr,
-                    "base_lr": lr,
-                    "weight_decay": settings.weight_decay if decays else 0.0,
-                }
-            )
-    return groups
-
-
-def _step(
-    net: HomographyNet,
-    optimizer: torch.optim.Optimizer,
-    batch: Pair,
-    settings: HomographySettings,
-    *,
-    step: int,
-    device: torch.device | str,
-) -> float:
-    """Do one step and return its loss, the mean squared error of the shifts in units of the largest."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * _schedule(step, settings.steps)
-    shifts = batch.shifts.to(device)
-    loss = F.mse_loss(net(batch.first.to(device), batch.second.to(device)), shifts) / settings.pairs.max_shift**2
-    value = float(all_reduce_mean(loss.detach()))
-    if not math.isfinite(value):
-        raise ValueError(f"the loss of step {step} is {value}: lower the learning rate, or look at the images")
-    optimizer.zero_grad(set_to_none=True)
-    torch.autograd.backward(loss)
-    average_gradients_(net.parameters())
-    optimizer.step()
-    return value
-
-
-def _schedule(step: int, steps: int) -> float:
-    warmup = max(steps // 20, 1)
-    if step < warmup:
-        return (step + 1) / warmup
-    return (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
-
-
-def _save(
-    net: HomographyNet, optimizer: torch.optim.Optimizer, store: CheckpointStore, step: int, state: dict[str, Any]
-) -> None:
-    moments, described = flatten_optimizer(optimizer)
-    tensors = {"head": net.head.state_dict(), "optimizer": moments}
-    if not net.is_frozen:
-        tensors["backbone"] = net.backbone.state_dict()
-    store.save(step, tensors, state | {"optimizer": described})
-
-
-def _resume(
-    net: HomographyNet, optimizer: torch.optim.Optimizer, store: CheckpointStore, key: str
-) -> tuple[int, list[float]]:
-    """Load the newest checkpoint; return how many steps are done, and their losses."""
-    if store.latest_step() is None:
-        return 0, []
-    checkpoint = store.load()
-    if checkpoint.state["key"] != key:
-        raise ValueError(
-            f"the checkpoints in {store.directory} are of other weights, images or settings; go on with those, or "
-            "choose another output folder"
-        )
-    net.head.load_state_dict(checkpoint.tensors["head"])
-    if not net.is_frozen:
-        net.backbone.load_state_dict(checkpoint.tensors["backbone"])
-    restore_optimizer_(optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
-    return checkpoint.step, list(checkpoint.state["losses"])
 
 
 @torch.no_grad()

@@ -34,15 +34,29 @@ def step_loader(
     """
 
     def make_loader(first: int, count: int) -> DataLoader[Any]:
-        sampler = PositionSampler(
-            batch_size=share_of_batch(batch_size),
-            start_step=first,
-            num_steps=count,
-            rank=get_rank(),
-            world_size=get_world_size(),
-        )
+        sampler = steps_of_rank(batch_size, first, count)
         return DataLoader(
             samples, batch_sampler=sampler, num_workers=num_workers, collate_fn=collate, worker_init_fn=start_worker
         )
 
     return RestartingLoader(make_loader, start_step=start_step, num_steps=num_steps - start_step)
+
+
+def steps_of_rank(batch_size: int, start_step: int, num_steps: int) -> PositionSampler:
+    """Return which samples this process has in each step.
+
+    Args:
+        batch_size: of all processes together.
+        start_step: first step, counted from 0.
+        num_steps: from there.
+
+    Raises:
+        ValueError: the images of a step cannot be divided evenly.
+    """
+    return PositionSampler(
+        batch_size=share_of_batch(batch_size),
+        start_step=start_step,
+        num_steps=num_steps,
+        rank=get_rank(),
+        world_size=get_world_size(),
+    )

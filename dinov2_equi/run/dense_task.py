@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from dinov2_equi.distributed.collectives import largest_of_ranks, wait_for_all_ranks
-from dinov2_equi.distributed.env import get_rank, get_world_size, is_main_process
+from dinov2_equi.distributed.env import get_rank, get_world_size, is_main_process, share_of_batch
 from dinov2_equi.evaluation.dense.settings import read_settings
 from dinov2_equi.evaluation.dense.training import WITHOUT_EFFECT, LoopSettings, Losses, TrainingSamples, train
 from dinov2_equi.evaluation.eval_model import EvalModel, check_photographs
@@ -238,12 +238,14 @@ def read_task_settings(task: AnyTask, args: argparse.Namespace) -> Any:
     """Return the checked settings that the command line names.
 
     Raises:
-        ValueError: settings out of range, or of another kind, or a command line that the task cannot do.
+        ValueError: settings out of range, or of another kind, or a batch that the processes cannot divide, or a command
+            line that the task cannot do.
         OSError: a file cannot be read.
         ImportError: a library is missing.
     """
     settings = read_settings(task.settings, args.config, args.set)
     settings.check()
+    share_of_batch(settings.batch_size, launch.num_processes(args))
     task.check(args)
     return settings
 
@@ -272,21 +274,33 @@ def train_and_measure(task: AnyTask, args: argparse.Namespace) -> str:
 
 
 def _measure(task: AnyTask, run: TaskRun[Any, Any, Any], stop: StopRequest) -> dict[str, Any]:
-    """Measure, while a display shows how far it is.
+    """Measure, while a display shows how far it is; see `measuring`."""
+    with measuring(len(run.val), run.settings, stop, run.args.device) as advance:
+        return task.evaluate(run, advance)
+
+
+@contextlib.contextmanager
+def measuring(num_images: int, settings: LoopSettings, stop: StopRequest, device: str) -> Iterator[Callable[[], None]]:
+    """Show how far a measurement is; the block is given what is to be called after each image of a process.
+
+    Args:
+        num_images: of all processes.
+        settings: of the training, which is done.
+        stop: whether the command shall end.
+        device: of this process.
 
     Raises:
         RunStopped: on a signal; of several processes once the measurement is finished.
     """
-    with shown_progress(len(run.val)) as progress:
+    with shown_progress(num_images) as progress:
 
         def advance() -> None:
             if get_world_size() == 1:  # of several, one would leave the others waiting for what it has measured
-                _stop_if_asked(stop.signal, run.settings.steps)
-            progress.update(min(progress.steps_done + get_world_size(), len(run.val)))
+                _stop_if_asked(stop.signal, settings.steps)
+            progress.update(min(progress.steps_done + get_world_size(), num_images))
 
-        found = task.evaluate(run, advance)
-    _stop_if_asked(largest_of_ranks(stop.signal, run.args.device), run.settings.steps)
-    return found
+        yield advance
+    _stop_if_asked(largest_of_ranks(stop.signal, device), settings.steps)
 
 
 def write_outputs(

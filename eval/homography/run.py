@@ -28,6 +28,7 @@ from dinov2_equi.data.datasets.channels import ChannelFormat
 from dinov2_equi.data.datasets.make import make_train_and_val
 from dinov2_equi.distributed.collectives import largest_of_ranks
 from dinov2_equi.distributed.env import get_rank, is_main_process
+from dinov2_equi.evaluation.dense.training import Losses
 from dinov2_equi.evaluation.dense_features import DENSE_FEATURES, check_features
 from dinov2_equi.evaluation.eval_model import EvalModel, shared_channels
 from dinov2_equi.evaluation.figures import write_figure
@@ -146,7 +147,7 @@ def measure(
     data: tuple[ImageDataset, ImageDataset],
     settings: HomographySettings,
     *,
-    on_step: Callable[[int, float | None], None],
+    on_step: Callable[[int, Losses], None],
     stop: StopRequest,
 ) -> Numbers:
     """Return the numbers of one backbone, after writing its picture.
@@ -157,16 +158,16 @@ def measure(
     folder = args.output / folder_name(model.name)
     done = 0
 
-    def advance(step: int, loss: float | None) -> None:
+    def advance(step: int, losses: Losses) -> None:
         nonlocal done
         done = step
-        on_step(step, loss)
+        on_step(step, losses)
 
     result = fit_homography(
         model.to(args.device),
         *data,
         settings,
-        folder / "checkpoints",
+        folder,
         device=args.device,
         num_workers=args.num_workers,
         save_every=args.save_every,
@@ -226,8 +227,8 @@ def run(args: argparse.Namespace) -> dict[str, Numbers]:
     with StopRequest().listening() as stop, shown_progress(total, images_per_step=settings.batch_size) as progress:
         for position, model in enumerate(models):
 
-            def advance(step: int, loss: float | None, before: int = position * settings.steps) -> None:
-                progress.update(before + step, None if loss is None else {"loss": loss})
+            def advance(step: int, losses: Losses, before: int = position * settings.steps) -> None:
+                progress.update(before + step, losses)
 
             numbers[model.name] = measure(args, model, data, settings, on_step=advance, stop=stop)
             if is_main_process():

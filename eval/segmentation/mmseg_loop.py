@@ -18,6 +18,8 @@ from mmengine.logging import HistoryBuffer
 from mmengine.registry import LOOPS
 from mmengine.runner import IterBasedTrainLoop
 
+from dinov2_equi.distributed.collectives import largest_of_ranks, wait_for_all_ranks
+from dinov2_equi.distributed.env import is_main_process
 from dinov2_equi.evaluation.dense.training import (
     LoopSettings,
     Losses,
@@ -109,16 +111,18 @@ class SaveHook(Hook):
         self._stop = stop
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Write one, where it is time to.
+        """Write one, where it is time to; of several processes the first one does.
 
         Raises:
-            RunStopped: it was asked for; the step is written.
+            RunStopped: one of the processes was asked to; the step is written.
         """
         step = batch_idx + 1
-        if step % self._every == 0 or step == runner.max_iters or self._stop.signal:
+        signal = largest_of_ranks(self._stop.signal, next(runner.model.parameters()).device)
+        if is_main_process() and (step % self._every == 0 or step == runner.max_iters or signal):
             self._save(runner, step)
-        if self._stop.signal:
-            raise RunStopped(self._stop.signal, step)
+        if signal:
+            wait_for_all_ranks()  # a launcher may end the others once one has ended
+            raise RunStopped(signal, step)
 
     def _save(self, runner: Any, step: int) -> None:
         """Write a checkpoint and remove those before the last two."""
@@ -161,10 +165,12 @@ class SaveHook(Hook):
 def newest_checkpoint(folder: Path) -> tuple[int, Path | None]:
     """Return the steps done by the newest whole checkpoint in a folder, and its file; 0 and None for none.
 
-    What a process that was killed in the middle of one has left is removed.
+    What a process that was killed in the middle of one has left is removed. Every process of a group must call it.
     """
-    for path in folder.glob(f".*{_TEMPORARY}"):
-        path.unlink()
+    if is_main_process():
+        for path in folder.glob(f".*{_TEMPORARY}"):
+            path.unlink()
+    wait_for_all_ranks()
     found = _checkpoints(folder)
     return next(reversed(found.items()), (0, None))
 

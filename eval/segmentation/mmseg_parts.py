@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModule
+from mmengine.optim import OptimWrapper
 from mmengine.structures import PixelData
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,11 +23,13 @@ from dinov2_equi.evaluation.dense.maps import DenseBackbone, last_blocks, padded
 from dinov2_equi.evaluation.dense.segmentation import (
     SegmentationAugmentation,
     SegmentationSettings,
+    pixel_cross_entropy,
     resized_for_test,
 )
 from dinov2_equi.evaluation.dense.segmentation_metrics import ConfusionMatrix
-from dinov2_equi.evaluation.dense.training import TrainingSamples
+from dinov2_equi.evaluation.dense.training import Losses, TrainingSamples, means_over_ranks
 from dinov2_equi.evaluation.eval_model import EvalModel
+from dinov2_equi.layers.batch_norm import BatchNorm2d
 from dinov2_equi.run.load import load_eval_model
 from eval.segmentation.mmcv_operators import provide_operators
 
@@ -38,6 +41,9 @@ from mmseg.registry import METRICS, MODELS  # noqa: E402
 from mmseg.structures import SegDataSample  # noqa: E402
 
 PYRAMID_STRIDES = (4, 8, 16, 32)
+
+GATHERED = "gpu"
+"""How mmengine gathers what the processes found: through their group, whatever its device; `cpu` would be by files."""
 
 
 @MODELS.register_module()
@@ -98,12 +104,41 @@ class EquiBackbone(BaseModule):
 
 
 @MODELS.register_module()
+class BatchNormOverRanks(BatchNorm2d):
+    """Batch norm over the images of all processes, on CPUs too, where torch's SyncBatchNorm refuses."""
+
+    def __init__(self, num_features: int, eps: float) -> None:
+        super().__init__(num_features, has_running_stats=True)
+        self.eps = eps
+
+
+@MODELS.register_module()
+class PixelCrossEntropy(nn.Module):
+    """The mean cross-entropy over the pixels of all processes; mmsegmentation's is one process's own mean.
+
+    Args:
+        loss_weight: factor.
+    """
+
+    loss_name = "loss_ce"
+
+    def __init__(self, loss_weight: float = 1.0) -> None:
+        super().__init__()
+        self._weight = loss_weight
+
+    def forward(self, logits: Tensor, labels: Tensor, *, weight: None = None, ignore_index: int = IGNORE) -> Tensor:
+        """Return it of logits [B, C, H, W] and labels [B, H, W]."""
+        assert weight is None and ignore_index == IGNORE  # as the heads are described
+        return self._weight * pixel_cross_entropy(logits, labels)
+
+
+@MODELS.register_module()
 class BatchNormLinearHead(BaseDecodeHead):
     """Batch norm and a linear layer on the maps, one beside the other: the head of `SegmentationModel`."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.norm = nn.BatchNorm2d(self.in_channels)
+        self.norm = BatchNorm2d(self.in_channels, has_running_stats=True)
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """Return logits [B, C, h, w]."""
@@ -114,6 +149,10 @@ class BatchNormLinearHead(BaseDecodeHead):
 @MODELS.register_module()
 class PaddedEncoderDecoder(EncoderDecoder):
     """Predicts images and windows of any size: filled up to what `EquiBackbone` takes, and the filling cut off."""
+
+    def train_step(self, data: dict[str, Any], optim_wrapper: OptimWrapper) -> Losses:
+        """Make a step and return the terms of its loss, as means over all processes."""
+        return means_over_ranks(super().train_step(data, optim_wrapper))
 
     def encode_decode(self, inputs: Tensor, batch_img_metas: list[dict[str, Any]]) -> Tensor:
         """Return logits [B, C, H, W] of normalised images [B, 3, H, W]."""
@@ -127,14 +166,24 @@ class PaddedEncoderDecoder(EncoderDecoder):
 
 @METRICS.register_module()
 class ConfusionMetric(BaseMetric):
-    """Our measures of mmsegmentation's predictions, under the key `measures`."""
+    """Our measures of mmsegmentation's predictions, under the key `measures`.
+
+    Args:
+        num_images: of this process; what its sampler gives beyond them, so that all have as many, is not counted.
+    """
 
     results: list[Tensor]
+
+    def __init__(self, num_images: int) -> None:
+        super().__init__(collect_device=GATHERED)
+        self._num_left = num_images
 
     def process(self, data_batch: dict[str, Any], data_samples: list[dict[str, Any]]) -> None:
         """Count the pixels of a batch; the counts of all are kept as one matrix."""
         matrix = self._matrix()
-        for sample in data_samples:
+        counted = data_samples[: self._num_left]
+        self._num_left -= len(counted)
+        for sample in counted:
             predicted, truth = sample["pred_sem_seg"]["data"], sample["gt_sem_seg"]["data"]
             matrix.add(predicted.reshape(truth.shape).cpu(), truth.cpu())
         self.results = [matrix.counts + sum(self.results)]

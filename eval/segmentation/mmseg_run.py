@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.dataset import pseudo_collate
+from mmengine.dataset import DefaultSampler, pseudo_collate
 from mmengine.hooks import Hook
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.runner import Runner
@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dinov2_equi.data.datasets.segmentation_sets import IGNORE, SegmentationSet
-from dinov2_equi.data.samplers import PositionSampler
 from dinov2_equi.data.signals import start_worker
+from dinov2_equi.distributed.collectives import average_gradients_, wait_for_all_ranks
+from dinov2_equi.distributed.env import get_rank, is_main_process, share_of_rank
 from dinov2_equi.evaluation.dense.segmentation import HEADS
 from dinov2_equi.evaluation.dense.training import full_identity, parameter_groups, trained_state
 from dinov2_equi.evaluation.eval_model import EvalModel, check_photographs
-from dinov2_equi.logging.progress import training_progress
+from dinov2_equi.evaluation.step_loader import steps_of_rank
 from dinov2_equi.logging.setup import setup_logging
 from dinov2_equi.run.dense_task import (
     MEMORY_OF_MEASURING,
@@ -35,11 +36,13 @@ from dinov2_equi.run.dense_task import (
     TaskRun,
     explained_memory,
     identity_of,
+    measuring,
     read_task_settings,
     write_outputs,
 )
+from dinov2_equi.run.launch import shown_progress
 from dinov2_equi.run.load import load_eval_model
-from dinov2_equi.train.stopping import RunStopped, StopRequest
+from dinov2_equi.train.stopping import StopRequest
 from eval.segmentation.mask2former import mask2former_head
 from eval.segmentation.mmseg_loop import (
     PositionedTrainLoop,
@@ -49,7 +52,7 @@ from eval.segmentation.mmseg_loop import (
     newest_checkpoint,
     readable,
 )
-from eval.segmentation.mmseg_parts import TrainingCrops, WholeImages, sample_for_test
+from eval.segmentation.mmseg_parts import GATHERED, TrainingCrops, WholeImages, sample_for_test
 from eval.segmentation.mmseg_settings import MASK2FORMER, UPERNET, MmsegSettings
 
 Split = tuple[SegmentationSet, SegmentationSet]
@@ -119,7 +122,7 @@ def _linear(widths: list[int]) -> dict[str, dict[str, Any]]:
 
 
 def _upernet(settings: MmsegSettings) -> dict[str, dict[str, Any]]:
-    width, norm = settings.pyramid_channels, {"type": "BN"}
+    width, norm = settings.pyramid_channels, {"type": "mmseg.BatchNormOverRanks"}
     heads: dict[str, dict[str, Any]] = {
         "decode_head": {
             "type": "UPerHead",
@@ -145,8 +148,7 @@ def _upernet(settings: MmsegSettings) -> dict[str, dict[str, Any]]:
 
 
 def _loss(weight: float) -> dict[str, Any]:
-    """Return the cross-entropy over the pixels that have a class."""
-    return {"type": "CrossEntropyLoss", "avg_non_ignore": True, "loss_weight": weight}
+    return {"type": "PixelCrossEntropy", "loss_weight": weight}
 
 
 def build_model(config: dict[str, Any], seed: int) -> Any:
@@ -159,6 +161,8 @@ def build_model(config: dict[str, Any], seed: int) -> Any:
 def run_mmseg(task: AnyTask, args: argparse.Namespace) -> str:
     """Train, measure and write everything, as `train_and_measure` does; return the table as text.
 
+    Every process of a group must call it.
+
     Raises:
         ValueError: a checkpoint of another training or with more in it than plain values, a loss that is not finite, or
             too little memory.
@@ -169,15 +173,17 @@ def run_mmseg(task: AnyTask, args: argparse.Namespace) -> str:
     backbone = load_eval_model(args.weights, seed=settings.seed).to(args.device)
     check_photographs(backbone)
     identity = identity_of(task, args, backbone, settings, train)
-    setup_logging(args.output)
+    setup_logging(args.output, get_rank())
     with torch.random.fork_rng(devices=[]), StopRequest().listening() as stop:
         with explained_memory(task.memory_advice(settings)):
             runner = _runner(args, settings, backbone, (train, val), _Training(full_identity(identity, settings), stop))
             losses = _train(runner, settings)
-        with explained_memory(MEMORY_OF_MEASURING):
-            found = _measure(runner, settings, val, stop)
-    run = TaskRun(backbone.name, args, settings, Predictor(runner.model), val, identity)
-    write_outputs(task, run, train, found, losses)
+        with explained_memory(MEMORY_OF_MEASURING), measuring(len(val), settings, stop, args.device) as advance:
+            found = _measure(runner, settings, len(val), advance)
+    if is_main_process():
+        run = TaskRun(backbone.name, args, settings, Predictor(runner.model), val, identity)
+        write_outputs(task, run, train, found, losses)
+    wait_for_all_ranks()
     return task.table(backbone.name, found)
 
 
@@ -234,54 +240,63 @@ def _saving(folder: Path, settings: MmsegSettings, model: Any, training: _Traini
 def _data(args: argparse.Namespace, settings: MmsegSettings, data: Split, step: int) -> dict[str, Any]:
     """Return the runner's arguments about data, loops and measures; training begins with a step, counted from 0."""
     train, val = data
-    sampler = PositionSampler(batch_size=settings.batch_size, start_step=step, num_steps=settings.steps - step)
+    steps, images = steps_of_rank(settings.batch_size, step, settings.steps - step), WholeImages(settings, val)
     loading: dict[str, Any] = {
         "num_workers": args.num_workers,
         "collate_fn": pseudo_collate,
         "worker_init_fn": start_worker,
     }
     return {
-        "train_dataloader": DataLoader(TrainingCrops(settings, train), batch_sampler=sampler, **loading),
+        "train_dataloader": DataLoader(TrainingCrops(settings, train), batch_sampler=steps, **loading),
         "train_cfg": {"type": PositionedTrainLoop, "settings": settings},
-        "test_dataloader": DataLoader(WholeImages(settings, val), batch_size=1, **loading),
+        "test_dataloader": DataLoader(images, sampler=DefaultSampler(images, shuffle=False, seed=0), **loading),
         "test_cfg": {},
-        "test_evaluator": [{"type": "ConfusionMetric"}, {"type": "IoUMetric", "ignore_index": IGNORE}],
+        "test_evaluator": [
+            {"type": "ConfusionMetric", "num_images": len(share_of_rank(len(val)))},
+            {"type": "IoUMetric", "ignore_index": IGNORE, "collect_device": GATHERED},
+        ],
     }
 
 
 def _optimizer(args: argparse.Namespace, settings: MmsegSettings, model: Any) -> OptimWrapper:
-    """Return the optimiser of the plain path; on a CUDA device in mixed precision where the settings say so."""
+    """Return the optimiser of the plain path; on a CUDA device in mixed precision where the settings say so.
+
+    The gradients are averaged as there: mmengine's wrapper of the model refuses parameters that a loss does not reach.
+    """
     optimizer = torch.optim.AdamW(parameter_groups(model, model.backbone.network, settings))
     clip = {"max_norm": settings.clip_grad} if settings.clip_grad > 0 else None
     if settings.amp and torch.device(args.device).type == "cuda":
-        return AmpOptimWrapper(dtype="bfloat16", loss_scale=1.0, optimizer=optimizer, clip_grad=clip)
-    return OptimWrapper(optimizer, clip_grad=clip)
+        return _AveragedAmp(dtype="bfloat16", loss_scale=1.0, optimizer=optimizer, clip_grad=clip)
+    return _Averaged(optimizer, clip_grad=clip)
+
+
+class _Averaged(OptimWrapper):
+    def backward(self, loss: Tensor, **options: Any) -> None:
+        super().backward(loss, **options)
+        average_gradients_(parameter for group in self.param_groups for parameter in group["params"])
+
+
+class _AveragedAmp(_Averaged, AmpOptimWrapper):
+    pass
 
 
 def _train(runner: Runner, settings: MmsegSettings) -> list[float]:
-    with training_progress(settings.steps, images_per_step=settings.batch_size) as progress:
+    with shown_progress(settings.steps, images_per_step=settings.batch_size) as progress:
         runner.register_hook(StepHook(progress.update))
         with readable(runner._load_from), _own_warnings_ignored():
             runner.train()
     return loss_history(runner)
 
 
-def _measure(runner: Runner, settings: MmsegSettings, val: SegmentationSet, stop: StopRequest) -> dict[str, Any]:
+def _measure(runner: Runner, settings: MmsegSettings, num_images: int, on_image: Callable[[], None]) -> dict[str, Any]:
     """Return our measures and, under `mmseg`, those of its own metric as it rounds them, percent."""
     if len(settings.test_scales) > 1 or settings.flip_test:
         runner.model = MODELS.build({"type": "SegTTAModel", "module": runner.model})
-    with training_progress(len(val)) as progress:
-
-        def advance() -> None:
-            if stop.signal:
-                raise RunStopped(stop.signal, settings.steps)
-            progress.update(progress.steps_done + 1)
-
-        runner.register_hook(_ImageHook(advance))
-        with _own_warnings_ignored():
-            found = runner.test()
+    runner.register_hook(_ImageHook(on_image))
+    with _own_warnings_ignored():
+        found = runner.test()
     own = {name: float(found[name]) for name in ("mIoU", "aAcc", "mAcc")}
-    return dict(found["measures"]) | {"num_images": len(val), "mmseg": own}
+    return dict(found["measures"]) | {"num_images": num_images, "mmseg": own}
 
 
 @contextmanager

@@ -41,7 +41,6 @@ from dinov2_equi.evaluation.dense.settings import read_settings
 from dinov2_equi.evaluation.dense.training import Losses
 from dinov2_equi.evaluation.eval_model import EvalModel
 from dinov2_equi.run.dense_task import AnyTask, DenseTask, TaskRun, run_dense_task
-from dinov2_equi.run.launch import num_processes
 from eval.segmentation.mmseg_settings import MASK2FORMER, MmsegSettings
 
 TORCH, MMSEG = "torch", "mmseg"
@@ -121,15 +120,11 @@ class MmsegTask(SegmentationTask):
     settings = MmsegSettings
 
     def check(self, args: argparse.Namespace) -> None:
-        """Refuse several processes, here or in a job, and to begin without mmsegmentation, or mmdet for Mask2Former.
+        """Refuse to begin without mmsegmentation, or mmdet for Mask2Former.
 
         Raises:
-            ValueError: says how many processes.
             ImportError: says how to install it.
         """
-        count = num_processes(args)
-        if count > 1:
-            raise ValueError(f"--framework mmseg runs in one process, got {count}; take --framework torch")
         try:
             from eval.segmentation import mmseg_run  # noqa: F401
 

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dinov2_equi.evaluation.dense import training
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "eval" / "homography" / "run.py"
 TINY = ("--weights", "random:vit_test_tiny/8", "--device", "cpu", "--steps", "4", "--batch-size", "4", "--width", "8")
@@ -56,11 +58,11 @@ def test_homographies_are_not_measured_or_learnt_twice(
     assert (tmp_path / "out" / "random_vit_test_tiny_8" / "pairs.png").read_bytes().startswith(b"\x89PNG")
     assert "nothing moved" in capsys.readouterr().out
 
-    monkeypatch.setitem(script.fit_homography.__globals__, "_step", None)  # a step would fail
+    monkeypatch.setattr(training, "_step", None)  # a step would fail
     assert script.main(arguments) == 0
     assert results(tmp_path / "out")["numbers"] == document["numbers"]
     assert script.main([*arguments, "--lr", "0.5"]) == 2
-    assert "of other weights, images or settings" in capsys.readouterr().err
+    assert "holds a training that differs in loop, settings" in capsys.readouterr().err
 
 
 def test_the_layout_of_coco_is_not_known(
@@ -97,17 +99,16 @@ def test_the_number_of_processes_changes_what_is_measured(
     arguments = [*TINY, *SMALL, "--data", str(folder), "--backbone-lr", "1e-4", "--test-pairs", "5", "--width", "16"]
     arguments.append("--output")
     assert script.main([*arguments, str(tmp_path / "one")]) == 0
-    library = script.fit_homography.__globals__
 
     def stopped() -> int:
-        step = library["_step"]
+        step = training._step
 
-        def step_and_signal(*arguments: Any, **options: Any) -> float:
-            if options["step"] == 2 and os.environ["RANK"] == "1":
+        def step_and_signal(*arguments: Any) -> training.Losses:
+            if arguments[-1] == 2 and os.environ["RANK"] == "1":
                 os.kill(os.getpid(), signal.SIGTERM)
-            return float(step(*arguments, **options))
+            return step(*arguments)
 
-        library["_step"] = step_and_signal
+        training._step = step_and_signal
         return int(script.main([*arguments, str(tmp_path / "two")]))
 
     if is_stopped:

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +41,7 @@ from dinov2_equi.evaluation.dense.settings import read_settings
 from dinov2_equi.evaluation.dense.training import LoopSettings, parameter_groups
 from dinov2_equi.evaluation.eval_model import EvalModel
 from dinov2_equi.evaluation.model import RawPixels, random_backbone
-from dinov2_equi.run import launch
+from dinov2_equi.fsdp.checkpoint import sha256_of_tensors
 from eval.segmentation import mmseg_loop, mmseg_parts, mmseg_run
 from eval.segmentation.mask2former import mask2former_head
 from eval.segmentation.mmseg_settings import MmsegSettings
@@ -61,6 +62,8 @@ MASK2FORMER = (
 SMALL = MmsegSettings(resize=30, crop=21, stride=13, steps=2, warmup_steps=1, batch_size=2)
 C = 5
 
+OnRanks = Callable[[int, Callable[[], int]], list[int]]
+
 
 @pytest.fixture(scope="module")
 def script(load_script: Callable[[Path], ModuleType]) -> ModuleType:
@@ -70,6 +73,24 @@ def script(load_script: Callable[[Path], ModuleType]) -> ModuleType:
 @pytest.fixture(scope="module")
 def folder(labelled_pairs: Path) -> Path:
     return labelled_pairs
+
+
+@pytest.fixture
+def uneven(tmp_path: Path) -> Path:
+    """Return images with class maps, three of them to measure, of which ever more pixels are unknown."""
+    rng = np.random.default_rng(0)
+    for number in range(11):
+        split = "val" if number > 7 else "train"
+        for name in ("images", "annotations"):
+            (tmp_path / "data" / name / split).mkdir(parents=True, exist_ok=True)
+        classes = rng.integers(0, 2, (3, 4)).repeat(8, axis=0).repeat(8, axis=1)  # [24, 32]
+        unknown = rng.random((24, 32)) < 0.04 * number  # the processes see different numbers of pixels
+        pixels = np.stack([classes * 200 + 20] * 3, axis=-1).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"data/images/{split}/{number:02}.png")
+        labels = np.where(unknown, IGNORE, classes).astype(np.uint8)
+        Image.fromarray(labels).save(tmp_path / f"data/annotations/{split}/{number:02}.png")
+    (tmp_path / "data/classes.txt").write_text("dark\nbright\n")
+    return tmp_path / "data"
 
 
 def backbone(patch_size: int = 8) -> EvalModel:
@@ -391,18 +412,105 @@ def test_loader_processes_outlive_the_run(tmp_path: Path, script: ModuleType, fo
     assert multiprocessing.active_children() == before
 
 
-def test_several_processes_are_asked_for(
+def numbers_and_weights(folder: Path, steps: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    (numbers,) = json.loads((folder / "results.json").read_text())["numbers"].values()
+    return numbers, torch.load(folder / f"mmseg/checkpoints/step_{steps}.pth")["state_dict"]
+
+
+def assert_same_training(found: Path, wanted: Path, steps: int) -> None:
+    """Compare two trainings whose sums were taken in another order, which a few steps of AdamW have carried on."""
+    (numbers, weights), (wanted_numbers, wanted_weights) = (numbers_and_weights(f, steps) for f in (found, wanted))
+    assert numbers["train_loss"]["loss"] == pytest.approx(wanted_numbers["train_loss"]["loss"], rel=1e-4)
+    for name in ("miou", "mmseg", "iou", "num_images"):  # of few pixels between two classes one may change sides
+        assert numbers[name] == pytest.approx(wanted_numbers[name], abs=2e-3 * (100 if name == "mmseg" else 1))
+    assert weights.keys() == wanted_weights.keys()
+    apart = torch.cat([(weights[name] - value).abs().flatten() for name, value in wanted_weights.items()])
+    # A gradient that is rounding, such as that of a bias before a batch norm, makes steps as large as the others.
+    assert (apart > 3e-4).float().mean() < 2e-3
+
+
+@pytest.mark.parametrize(
+    "more", [("head=multiscale",), (*UPERNET, "finetune=true", "lr=0.003", "clip_grad=1")], ids=["frozen", "all"]
+)
+def test_the_number_of_processes_changes_what_is_learnt(
     tmp_path: Path,
     script: ModuleType,
-    folder: Path,
+    uneven: Path,
+    run_on_ranks: OnRanks,
     monkeypatch: pytest.MonkeyPatch,
-    assert_refused: Callable[..., None],
+    more: tuple[str, ...],
 ) -> None:
-    words = (*TINY, *RECIPE, "--data", str(folder), "--output", str(tmp_path / "out"))
-    message = "--framework mmseg runs in one process, got 4; take --framework torch"
+    monkeypatch.setattr(torch.nn.Dropout2d, "forward", lambda _, x: x)  # which each process draws by itself
+    words = (*TINY, *RECIPE, *more, "steps=4", "--data", str(uneven), "--output")
+    assert script.main([*words, str(tmp_path / "one")]) == 0
+    assert run_on_ranks(2, lambda: script.main([*words, str(tmp_path / "two")])) == [0, 0]
+    assert_same_training(tmp_path / "two", tmp_path / "one", 4)
+    settings = json.loads((tmp_path / "two" / "results.json").read_text())["settings"]
+    assert settings["num_processes"] == 2
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_signal_to_one_process_loses_the_step_or_another_number_cannot_go_on(
+    tmp_path: Path, script: ModuleType, uneven: Path, run_on_ranks: OnRanks
+) -> None:
+    words = (*TINY, *RECIPE, "steps=4", "--data", str(uneven), "--output")
+    step = mmseg_loop.PositionedTrainLoop.run_iter
+
+    def command() -> int:
+        def signalled(loop: Any, batch: Any) -> None:
+            if loop.iter == 1 and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGUSR2)
+            step(loop, batch)
+
+        mmseg_loop.PositionedTrainLoop.run_iter = signalled
+        return int(script.main([*words, str(tmp_path / "two")]))
+
+    assert run_on_ranks(2, command) == [75, 75]
+    assert mmseg_loop.newest_checkpoint(tmp_path / "two/mmseg/checkpoints")[0] == 2
+    for number in (1, 2):
+        shutil.copytree(tmp_path / "two", tmp_path / f"on_{number}")
+        assert run_on_ranks(number, lambda to=f"on_{number}": script.main([*words, str(tmp_path / to)])) == [0] * number
+    assert script.main([*words, str(tmp_path / "one")]) == 0
+    for number in (1, 2):
+        assert_same_training(tmp_path / f"on_{number}", tmp_path / "one", 4)
+
+
+def test_processes_without_an_image_to_measure_end_the_run(
+    tmp_path: Path, script: ModuleType, uneven: Path, run_on_ranks: OnRanks
+) -> None:
+    for path in sorted((uneven / "images/val").glob("*.png"))[1:]:
+        path.unlink()
+    words = (*TINY, *RECIPE, "steps=1", "warmup_steps=0", "--data", str(uneven), "--output")
+    assert script.main([*words, str(tmp_path / "one")]) == 0
+    assert run_on_ranks(2, lambda: script.main([*words, str(tmp_path / "two")])) == [0, 0]
+    assert_same_training(tmp_path / "two", tmp_path / "one", 1)
+
+
+def test_mask2former_on_several_processes_ends_with_different_weights_or_losses(
+    tmp_path: Path, script: ModuleType, uneven: Path, run_on_ranks: OnRanks
+) -> None:
+    words = (*TINY, *RECIPE, *MASK2FORMER, "steps=2", "--data", str(uneven), "--output", str(tmp_path / "two"))
+    measure = mmseg_run._measure
+
+    def command() -> int:
+        def noted(runner: Any, *arguments: Any) -> Any:
+            known = [sha256_of_tensors(runner.model.state_dict()), *mmseg_loop.loss_history(runner)]
+            (tmp_path / f"known{os.environ['RANK']}").write_text(json.dumps(known))
+            return measure(runner, *arguments)
+
+        mmseg_run._measure = noted
+        return int(script.main([*words]))
+
+    assert run_on_ranks(2, command) == [0, 0]
+    assert (tmp_path / "known0").read_text() == (tmp_path / "known1").read_text()
+
+
+def test_a_batch_that_the_processes_cannot_divide_waits_in_the_queue(
+    tmp_path: Path, script: ModuleType, folder: Path, assert_refused: Callable[..., None]
+) -> None:
+    words = (*TINY, *RECIPE, "batch_size=3", "--data", str(folder), "--output", str(tmp_path / "out"))
+    message = "batch_size=3 counts the images of all processes: take a multiple of 4"
     assert_refused(script, (*words, "--nodes", "2", "--tasks-per-node", "2"), message)
-    monkeypatch.setattr(launch, "get_world_size", lambda: 4)
-    assert_refused(script, words, message)
     assert not (tmp_path / "out").exists()
 
 

@@ -36,6 +36,13 @@ def spaced_blocks(model: EvalModel, n: int) -> tuple[int, ...]:
     return tuple(max(model.num_blocks * (index + 1) // n - 1, 0) for index in range(n))
 
 
+def freeze(backbone: nn.Module, is_frozen: bool) -> None:
+    """Let the parameters of a backbone want gradients or not; the mask token plays no part and wants none."""
+    backbone.requires_grad_(not is_frozen)
+    if isinstance(backbone, DinoVisionTransformer):
+        backbone.mask_token.requires_grad_(False)
+
+
 class DenseBackbone(nn.Module):
     """A backbone that returns maps of its tokens for images of any size.
 
@@ -71,9 +78,7 @@ class DenseBackbone(nn.Module):
         self.patch_size = model.patch_size
         self.num_blocks = model.num_blocks
         self.mean, self.std = model.mean, model.std
-        self.backbone.requires_grad_(not is_frozen)
-        if isinstance(self.backbone, DinoVisionTransformer):
-            self.backbone.mask_token.requires_grad_(False)  # plays no part
+        freeze(self.backbone, is_frozen)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> DenseBackbone:

@@ -109,15 +109,13 @@ class SegmentationModel(nn.Module):
         return to_image_size(self.head(maps), images.shape[-2:], self.features.patch_size)
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean cross-entropy over the pixels of all processes that have a class; 0 where none has.
+        """Return the `pixel_cross_entropy`.
 
         Args:
             images: [B, 3, H, W] in [0, 1].
             labels: int64 [B, 1, H, W], `IGNORE` where there is no class.
         """
-        labels = labels.squeeze(1)  # [B, H, W]
-        total = sum_over_ranks(F.cross_entropy(self(images), labels, ignore_index=IGNORE, reduction="sum"))
-        return total / all_reduce_sum_((labels != IGNORE).sum()).clamp_min(1)
+        return pixel_cross_entropy(self(images), labels.squeeze(1))
 
     @torch.no_grad()
     def predict(self, image: Tensor, settings: SegmentationSettings) -> Tensor:
@@ -138,6 +136,17 @@ class SegmentationModel(nn.Module):
                 full = F.interpolate(logits, size, mode="bilinear", align_corners=False)
                 shares = shares + full.softmax(dim=1)
         return shares.argmax(dim=1).cpu()
+
+
+def pixel_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy over the pixels of all processes that have a class; 0 where none has.
+
+    Args:
+        logits: [B, C, H, W].
+        labels: int64 [B, H, W], `IGNORE` where there is no class.
+    """
+    total = sum_over_ranks(F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum"))
+    return total / all_reduce_sum_((labels != IGNORE).sum()).clamp_min(1)
 
 
 def resized_for_test(image: Tensor, settings: SegmentationSettings, scale: float) -> Tensor:

@@ -156,7 +156,7 @@ def train(
     module: nn.Module,
     backbone: nn.Module,
     losses_of: Callable[[Any], Losses],
-    samples: TrainingSamples,
+    samples: Dataset[Any],
     *,
     settings: LoopSettings,
     folder: Path,
@@ -175,7 +175,7 @@ def train(
         module: changed in place; its weights live on the device where it is to be trained. In evaluation mode after it.
         backbone: the part that may be frozen; a frozen one is not written.
         losses_of: returns the terms of the loss for a batch, which it puts on the device.
-        samples: of the whole training.
+        samples: of the whole training, by position in it, such as `TrainingSamples`.
         settings: the recipe.
         folder: checkpoints go to `checkpoints` in it.
         identity: what the training depends on beside its settings, as JSON: a checkpoint of another one is refused.
@@ -281,6 +281,12 @@ def check_finite(terms: Losses, step: int) -> None:
         raise ValueError(f"the loss of step {step + 1} is not finite ({values}): lower lr, or look at the images")
 
 
+def means_over_ranks(terms: Losses) -> Losses:
+    """Return the means of numbers over all processes, float32 and detached; every process calls it."""
+    means = all_reduce_mean(torch.stack([term.detach().float() for term in terms.values()]))
+    return dict(zip(terms, means, strict=True))
+
+
 def _step(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -294,8 +300,7 @@ def _step(
         torch.manual_seed(step_seed(settings, step))
         terms = loss_terms()
         loss = torch.stack(list(terms.values())).sum()
-    means = all_reduce_mean(torch.stack([term.detach().float() for term in terms.values()]))
-    found = dict(zip(terms, means, strict=True))
+    found = means_over_ranks(terms)
     check_finite(found, step)
     optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(loss)
@@ -317,7 +322,7 @@ def _resume(
     if store.latest_step() is None:
         return []
     checkpoint = store.load()
-    check_same_training(checkpoint.state["identity"], identity, store.directory)
+    check_same_training(checkpoint.state.get("identity", {}), identity, store.directory)
     own = trained_state(module, backbone)
     found = checkpoint.tensors["model"]
     assert own.keys() == found.keys()  # the identity is the same

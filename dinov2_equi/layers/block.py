@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dinov2_equi.layers.attention import Attention
 from dinov2_equi.layers.backend import AttendFunction
@@ -37,6 +38,19 @@ class MicroBatch:
         crop, image = chosen // (self.count * self.images), chosen % (self.count * self.images)
         mine = image // self.images == self.index
         return (crop * self.images + image % self.images)[mine]
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm of float32 tokens by weights of any format: sharded ones may be gathered in bfloat16.
+
+    CUDA's autocast converts the weights itself, that of the CPU does not, and the two formats together are an error.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x [..., D] with each token normalised."""
+        if x.dtype != torch.float32 or self.weight.dtype == x.dtype:
+            return super().forward(x)
+        return functional.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class Block(nn.Module):
@@ -70,10 +84,10 @@ class Block(nn.Module):
             raise ValueError(f"expected drop_path in [0, 1), got {drop_path}")
         self.drop_path = drop_path
         self.micro_batch: MicroBatch | None = None  # set while a batch is passed in parts
-        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm1 = LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias)
         self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm2 = LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = ffn_layer(dim, int(dim * mlp_ratio), act_layer=act_layer, bias=ffn_bias)
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dinov2_equi.layers.block import Block, draw_subset
+from dinov2_equi.layers.block import Block, LayerNorm, draw_subset
 from dinov2_equi.layers.layer_scale import LayerScale
 
 WIDTH = 16
@@ -143,3 +145,15 @@ def test_training_under_autocast_fails() -> None:
     assert out.dtype == torch.float32
     out.sum().backward()
     assert torch.isfinite(x.grad).all()
+
+
+def test_weights_gathered_in_bfloat16_do_not_go_with_float32_tokens() -> None:
+    norm = LayerNorm(8)
+    nn.init.normal_(norm.weight)
+    x = torch.randn(5, 8)
+    half = copy.deepcopy(norm).bfloat16()
+    found = half(x)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, copy.deepcopy(half).float()(x))  # of weights that are rounded, tokens that are not
+    assert torch.equal(norm(x), nn.LayerNorm.forward(norm, x))
+    assert half(x.bfloat16()).dtype == torch.bfloat16

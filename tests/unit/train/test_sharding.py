@@ -136,7 +136,7 @@ def test_a_rank_holds_the_whole_model_before_it_is_sharded(
         plan = plan_sharding(cfg, CPU)
         model = build_without_memory(cfg)
         materialize_sharded_(model, plan, CPU, lambda: build._with_initial_weights(cfg, resumes=False))
-        assert places == ["meta", "cpu"] if rank == 0 else ["meta"]
+        assert places == (["meta", "cpu"] if rank == 0 else ["meta"])
         assert not any(tensor.is_meta for tensor in model.state_dict().values())
         sizes = [(local_part(p).numel(), p.numel()) for p in model.parameters()]
         assert sum(own for own, _ in sizes) < 0.6 * sum(total for _, total in sizes)  # half, and what stays whole

@@ -19,6 +19,9 @@
 #   SLURM_DEV_NODES            2
 #   SLURM_DEV_CPUS             of each node; default: those of the machine
 #
+# Partitions: dev; and for pre-emption dev_low (PreemptMode=CANCEL, a minute of GraceTime) and dev_low_now (REQUEUE, no
+# GraceTime), whose jobs make way for those of dev_high.
+#
 # The nodes are called dev1, dev2, ...: while the cluster runs /etc/hosts says that they are this machine.
 set -euo pipefail
 
@@ -29,7 +32,8 @@ CONTROLLER_PORT=${SLURM_DEV_CONTROLLER_PORT:-16817}
 NODE_PORT=${SLURM_DEV_NODE_PORT:-16818}
 DATABASE_PORT=${SLURM_DEV_DATABASE_PORT:-16816}
 NUM_NODES=${SLURM_DEV_NODES:-2}
-CPUS=${SLURM_DEV_CPUS:-$(nproc)}
+CPUS=${SLURM_DEV_CPUS:-$(env --unset=OMP_NUM_THREADS --unset=OMP_THREAD_LIMIT nproc)}  # which looks at both
+PARTITIONS="dev dev_low dev_low_now dev_high"
 HOST=$(hostname -s)
 SOCKET=$DIR/munge/munge.socket
 MARK="# slurm_dev_cluster.sh in [$DIR]"
@@ -130,6 +134,7 @@ write_config() {
       "AuthInfo=socket=$SOCKET,cred_expire=6" MpiDefault=none ProctrackType=proctrack/linuxproc TaskPlugin=task/none \
       SwitchType=switch/none SelectType=select/cons_tres SelectTypeParameters=CR_CPU \
       SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=0 KillWait=10 ReturnToService=2 \
+      PreemptType=preempt/partition_prio PreemptMode=REQUEUE \
       SlurmdParameters=config_overrides "StateSaveLocation=$DIR/state" "SlurmdSpoolDir=$DIR/spool/%n" \
       "SlurmctldPidFile=$DIR/run/slurmctld.pid" "SlurmdPidFile=$DIR/run/%n.pid" \
       "SlurmctldLogFile=$DIR/log/slurmctld.log" "SlurmdLogFile=$DIR/log/%n.log"
@@ -141,7 +146,9 @@ write_config() {
       echo "NodeName=dev$number NodeHostname=$HOST NodeAddr=127.0.0.1 Port=$((NODE_PORT + number - 1))" \
         "CPUs=$CPUS RealMemory=1024 State=UNKNOWN"
     done
-    echo "PartitionName=dev Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:4"
+    printf 'PartitionName=%s Nodes=ALL MaxTime=INFINITE State=UP\n' \
+      "dev Default=YES OverSubscribe=FORCE:4 PreemptMode=OFF" "dev_low PreemptMode=CANCEL GraceTime=60" \
+      "dev_low_now PreemptMode=REQUEUE GraceTime=0" "dev_high PriorityTier=2 PreemptMode=OFF"
   } > "$SLURM_CONF.new"
   mv "$SLURM_CONF.new" "$SLURM_CONF"
 }
@@ -161,7 +168,7 @@ announce_names() {
   for number in $(seq "$NUM_NODES"); do echo "127.0.0.1 dev$number $MARK" >> /etc/hosts; done
 }
 
-is_up() { [ "$(timeout 10 sinfo --noheader --Node --format=%T | grep -cE '^(idle|mixed|allocated)$')" -ge "$NUM_NODES" ]; }
+is_up() { [ "$(timeout 10 sinfo --noheader --partition=dev --Node --format=%T | grep -cE '^(idle|mixed|allocated)$')" -ge "$NUM_NODES" ]; }
 
 # ------------------------------------------------------------------------------------------------------------- commands
 
@@ -192,14 +199,14 @@ start() {
 
 status() {
   runs slurmctld slurmctld || { echo "not running in $DIR"; exit 1; }
-  timeout 20 sinfo --Node --format='%N %T %c CPUs'
+  timeout 20 sinfo --partition=dev --Node --format='%N %T %c CPUs'
   timeout 20 squeue --format='%i %j %T %M %R'
 }
 
 stop() {
   [ "$(id -u)" = 0 ] || fail "needs root: the daemons are root's"
   if runs slurmctld slurmctld; then
-    timeout 20 scancel --partition=dev 2> /dev/null || true
+    for partition in $PARTITIONS; do timeout 20 scancel --partition="$partition" 2> /dev/null || true; done
     for _ in $(seq 100); do [ -n "$(timeout 10 squeue --noheader 2> /dev/null)" ] || break; sleep 0.2; done
   fi
   for number in $(seq "$(configured_nodes)"); do halt "dev$number" slurmd; done

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from dinov2_equi.layers.attention import Attention
 from dinov2_equi.layers.backend import AttendFunction
@@ -40,17 +42,27 @@ class MicroBatch:
         return (crop * self.images + image % self.images)[mine]
 
 
-class LayerNorm(nn.LayerNorm):
-    """Layer norm of float32 tokens by weights of any format: sharded ones may be gathered in bfloat16.
+_PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
 
-    CUDA's autocast converts the weights itself, that of the CPU does not, and the two formats together are an error.
+
+def _products_context() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return the contexts of `checkpoint` that keep the results of linear layers."""
+    contexts: tuple[AbstractContextManager[None], AbstractContextManager[None]]
+    contexts = create_selective_checkpoint_contexts(_PRODUCTS)
+    return contexts
+
+
+class TokenNorm(nn.LayerNorm):
+    """LayerNorm whose parameters may be shorter numbers than its input, as those of a sharded block are.
+
+    On CUDA autocast sees to it; on the CPU PyTorch refuses.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x [..., D] with each token normalised."""
-        if x.dtype != torch.float32 or self.weight.dtype == x.dtype:
-            return super().forward(x)
-        return functional.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - PyTorch's name
+        """Normalise the last axis of `input`, in the longer of the two number formats."""
+        dtype = torch.promote_types(self.weight.dtype, input.dtype)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
 class Block(nn.Module):
@@ -84,10 +96,12 @@ class Block(nn.Module):
             raise ValueError(f"expected drop_path in [0, 1), got {drop_path}")
         self.drop_path = drop_path
         self.micro_batch: MicroBatch | None = None  # set while a batch is passed in parts
-        self.norm1 = LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.checkpointed = False  # True: keeps its input alone, and runs again in the backward pass
+        self.keep_products = False  # and keeps also the results of matrix products, which then do not run again
+        self.norm1 = TokenNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias)
         self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
-        self.norm2 = LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm2 = TokenNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = ffn_layer(dim, int(dim * mlp_ratio), act_layer=act_layer, bias=ffn_bias)
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
 
@@ -105,6 +119,15 @@ class Block(nn.Module):
         if layout is None:
             batch, tokens, _ = x.shape
             return self.forward(x.flatten(0, 1), ((batch, tokens),), attend).view_as(x)  # [B, T, D]
+        if not self.checkpointed or not torch.is_grad_enabled():
+            return self._add_branches(x, layout, attend)
+        # In the block, not around it: compiled, a block decides itself what it keeps. Draws the same images once more.
+        run = partial(checkpoint, self._add_branches, x, layout, attend, use_reentrant=False)
+        # A partial: torch.compile refuses a plain function of this module.
+        out: Tensor = run(context_fn=partial(_products_context)) if self.keep_products else run()
+        return out
+
+    def _add_branches(self, x: Tensor, layout: TokenLayout, attend: AttendFunction | None) -> Tensor:
         attention = self._attention_branch if attend is None else partial(self._attention_branch, attend=attend)
         x = self._add_branch(x, layout, attention)
         return self._add_branch(x, layout, self._feed_forward_branch)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from dinov2_equi.layers.block import LAYER_NORM_EPS, Block
 from dinov2_equi.layers.mlp import Mlp
-from dinov2_equi.layers.packing import TokenLayout, pack, split_groups
+from dinov2_equi.layers.packing import pack, split_groups
 from dinov2_equi.layers.patch_embed import PatchEmbed
 from dinov2_equi.layers.swiglu_ffn import SwiGLUFFN
 
@@ -32,16 +30,6 @@ FFN_LAYERS: dict[str, Callable[..., nn.Module]] = {
     "swiglufused": SwiGLUFFN,
     "identity": _identity_ffn,
 }
-
-
-_PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
-
-
-def _products_context() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Return the contexts of `checkpoint` that keep the results of linear layers."""
-    contexts: tuple[AbstractContextManager[None], AbstractContextManager[None]]
-    contexts = create_selective_checkpoint_contexts(_PRODUCTS)
-    return contexts
 
 
 class DinoVisionTransformer(nn.Module):
@@ -129,8 +117,6 @@ class DinoVisionTransformer(nn.Module):
         self.block_chunks = block_chunks
         self.blocks = nn.ModuleList(group_blocks(blocks, block_chunks))
         self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
-        self.checkpoint_blocks = False  # True: blocks keep their input alone, and run again in the backward pass
-        self.keep_products = False  # and keep also the results of matrix products, which then do not run again
         self.head: nn.Module = nn.Identity()
         self.init_weights()
 
@@ -271,7 +257,7 @@ class DinoVisionTransformer(nn.Module):
         x, layout = pack([self.prepare_tokens_with_masks(*pair) for pair in zip(crops, masks, strict=True)])
         outputs = {}
         for index, block in enumerate(self.block_list()):
-            x = self._run_block(block, x, layout)
+            x = block(x, layout)
             if index in more_blocks:
                 outputs[index] = split_groups(self.norm(x), layout)
         prenorm = split_groups(x, layout)  # each [B, T, D]
@@ -291,15 +277,6 @@ class DinoVisionTransformer(nn.Module):
             for crop, item in enumerate(features):
                 item["x_norm_blocks"] = [outputs[index][crop] for index in more_blocks]
         return features
-
-    def _run_block(self, block: nn.Module, x: Tensor, layout: TokenLayout) -> Tensor:
-        if self.checkpoint_blocks and torch.is_grad_enabled():
-            kept_products = _products_context if self.keep_products else noop_context_fn
-            # Draws the same images to drop when it runs again.
-            kept: Tensor = checkpoint(block, x, layout, use_reentrant=False, context_fn=kept_products)
-            return kept
-        out: Tensor = block(x, layout)
-        return out
 
     def get_intermediate_layers(
         self,

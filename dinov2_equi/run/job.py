@@ -87,7 +87,7 @@ def _queue_again(job: Any) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with which SLURM ends the tasks, or kills them much later
     if job.global_rank:
         time.sleep(_FIRST_TASK_WITHIN_S)
-    if _is_cancelled(job.job_id):
+    if _is_left_to_slurm(job.job_id):
         os.write(1, f"SLURM is ending job {job.job_id}, which is not queued again from here\n".encode())
         return
     os.write(1, f"queueing job {job.job_id} again\n".encode())  # also in the middle of a log line
@@ -96,14 +96,19 @@ def _queue_again(job: Any) -> None:
     time.sleep(_KILLED_WITHIN_S)  # a task that ended would be taken for the end of the job
 
 
-def _is_cancelled(job_id: str) -> bool:
-    """Return whether somebody cancelled a job, as plain `scancel` does: SLURM would queue it again all the same.
+def _is_left_to_slurm(job_id: str) -> bool:
+    """Return whether SLURM ends a job that is not to be queued again from here, or queues it again itself.
 
-    A job that is told to end still runs. One that SLURM ends is completing, for want of time or because of `scancel`.
+    A job that is told to end still runs. One that SLURM ends is completing, for want of time, because of `scancel`
+    (queued again all the same if asked to), or pre-empted. Where the partition has `PreemptMode=REQUEUE`, SLURM has
+    queued it again itself and forgotten when it was pre-empted; with `CANCEL` that is the moment in which it ended.
     """
     shown = subprocess.run(["scontrol", "show", "job", job_id], capture_output=True, text=True, check=False).stdout
-    ends = "JobState=CANCELLED" in shown or "JobState=COMPLETING" in shown
-    return ends and "Reason=TimeLimit" not in shown
+    fields = dict(word.partition("=")[::2] for word in shown.split())
+    if fields.get("JobState") not in ("CANCELLED", "COMPLETING", "PREEMPTED"):
+        return False
+    is_preempted = "PreemptTime" in fields and fields["PreemptTime"] == fields.get("EndTime")
+    return fields.get("Reason") != "TimeLimit" and not is_preempted
 
 
 def _main_of(script: Path) -> Callable[[Sequence[str]], int]:

@@ -213,7 +213,8 @@ def _submit_command(args: argparse.Namespace, words: Sequence[str], script: Path
     config: Path | None = getattr(args, "config", None)
     if config is not None:
         kept += ["--config", str(_write_config(folder, config.read_text(encoding="utf-8")))]
-    job = str(executor.submit(CommandJob(script, kept)).job_id)
+    with _refusals_explained():
+        job = str(executor.submit(CommandJob(script, kept)).job_id)
     return f"job {job} was submitted; its log: {log_of(output, job)}"
 
 
@@ -235,11 +236,12 @@ def submit(cfg: Config, output_dir: Path, allocation: Allocation, *, flags: Sequ
         flags: further flags of the training command.
 
     Raises:
-        ValueError: if this machine has no SLURM.
+        ValueError: if this machine has no SLURM, or SLURM does not accept the job.
     """
     folder = _new_folder(output_dir)
     executor = _executor(output_dir, folder, allocation, TRAIN_SCRIPT)
-    return str(executor.submit(_training_job(cfg, output_dir, folder, flags)).job_id)
+    with _refusals_explained():
+        return str(executor.submit(_training_job(cfg, output_dir, folder, flags)).job_id)
 
 
 def submit_sweep(
@@ -256,10 +258,10 @@ def submit_sweep(
         flags: further flags of the training command.
 
     Raises:
-        ValueError: if this machine has no SLURM.
+        ValueError: if this machine has no SLURM, or SLURM does not accept the jobs.
     """
     executor = _executor(sweep_dir, _new_folder(sweep_dir), allocation, TRAIN_SCRIPT)
-    with executor.batch():
+    with _refusals_explained(), executor.batch():
         jobs = [
             executor.submit(_training_job(cfg, output_dir, _new_folder(output_dir), flags))
             for output_dir, cfg in runs.items()
@@ -275,6 +277,21 @@ def check_slurm() -> None:
     """
     if shutil.which("sbatch") is None:
         raise ValueError("sbatch was not found: --launcher slurm works on a machine of a SLURM cluster")
+
+
+@contextlib.contextmanager
+def _refusals_explained() -> Iterator[None]:
+    """Submit in this block: what SLURM does not accept, such as a partition it does not know, is the user's to change.
+
+    Raises:
+        ValueError: with the words of sbatch.
+    """
+    import submitit
+
+    try:
+        yield
+    except submitit.core.utils.FailedJobError as error:
+        raise ValueError(f"SLURM does not accept the job: {'; '.join(str(error).splitlines())}") from error
 
 
 def _new_folder(output_dir: Path) -> Path:

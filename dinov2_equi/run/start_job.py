@@ -8,7 +8,8 @@ from __future__ import annotations
 import signal
 import sys
 
-KEPT_WAITING = (signal.SIGUSR1, signal.SIGUSR2)
+KEPT_WAITING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""SIGTERM comes with a pre-emption and with plain `scancel`; which one it was the job asks SLURM when it listens."""
 
 
 def main() -> None:

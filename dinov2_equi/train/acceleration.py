@@ -17,8 +17,8 @@ _PROBE_LAYOUT = ((2, 5),)  # two images of five tokens
 
 def checkpoint_activations_(model: SSLMetaArch, *, keep_products: bool = False) -> None:
     """Let the student's backbone keep the input of each block alone (and products) for its backward pass."""
-    model.student["backbone"].checkpoint_blocks = True  # type: ignore[assignment]
-    model.student["backbone"].keep_products = keep_products  # type: ignore[assignment]
+    for block in model.student["backbone"].block_list():  # type: ignore[operator]
+        block.checkpointed, block.keep_products = True, keep_products
 
 
 def compile_blocks_(model: SSLMetaArch, device: torch.device) -> bool:

@@ -15,6 +15,9 @@ from dinov2_equi.data.signals import STOP_SIGNALS
 class StopRequest:
     """Remembers that a stop was asked for; a second signal ends the process at once.
 
+    Not so SIGTERM in a SLURM job. SLURM sends it twice in a row to one that is pre-empted, and at the end of its time
+    after the signal that asked to save. It kills by itself, and until then (`KillWait`) the checkpoint may be written.
+
     Attributes:
         signal: number of the first signal, 0 for none.
     """
@@ -37,6 +40,8 @@ class StopRequest:
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if self.signal:
+            if number == signal.SIGTERM and "SLURM_JOB_ID" in os.environ:
+                return
             os._exit(128 + number)  # nothing is half written: checkpoints appear by a rename
         self.signal = number
         # Not through logging: the signal may have come in the middle of a log line.

@@ -264,6 +264,49 @@ def test_recomputed_activations_of_sharded_blocks_make_another_run(
     assert_same_run(single("sinkhorn_knopp"), tmp_path)
 
 
+BF16 = ("compute_precision.autocast=bf16", "optim.epochs=1", "train.OFFICIAL_EPOCH_LENGTH=3", *sharded("FULL_SHARD"))
+"""Three steps in which sharded blocks and heads are gathered in bf16, which decides for KoLeo which neighbour is the
+nearest: EVERYTHING has none."""
+
+
+def run_recomputed(lean_run: Run, folder: Path, *words: str) -> dict[str, dict[str, Tensor]]:
+    """Train on two processes, keeping all activations, some, none; return the weights."""
+    found = {}
+    for kept in ("none", "selective", "full"):
+        # Images are dropped: in the second pass the same ones.
+        words_of_one = (*EVERYTHING, *BF16, *words, f"train.activation_checkpointing={kept}")
+        assert run_on(2, lean_run, folder / kept, *words_of_one) == [0, 0]
+        found[kept] = weights(folder / kept)
+    return found
+
+
+def assert_bitwise(found: dict[str, dict[str, Tensor]]) -> None:
+    for kept in ("selective", "full"):
+        assert all(torch.equal(found[kept][name], tensor) for name, tensor in found["none"].items()), kept
+
+
+def test_blocks_gathered_in_bf16_fail_or_recompute_something_else(tmp_path: Path, lean_run: Run) -> None:
+    assert_bitwise(run_recomputed(lean_run, tmp_path))
+    assert "are gathered in bf16" in (tmp_path / "none" / "logs" / "log.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["SHARD_GRAD_OP", "FULL_SHARD"])
+def test_sharded_blocks_cannot_be_compiled_in_earnest(
+    strategy: str, single: Callable[[str], Path], tmp_path: Path, lean_run: Run
+) -> None:
+    words = (*with_centering("sinkhorn_knopp"), *sharded(strategy), "train.compile=true")
+    assert run_on(2, lean_run, tmp_path, *words) == [0, 0]
+    assert "blocks are compiled" in (tmp_path / "logs" / "log.txt").read_text()
+    assert_same_run(single("sinkhorn_knopp"), tmp_path)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_gathered_in_bf16_recompute_something_else(tmp_path: Path, lean_run: Run) -> None:
+    assert_bitwise(run_recomputed(lean_run, tmp_path, "train.compile=true"))
+    assert "blocks are compiled" in (tmp_path / "full" / "logs" / "log.txt").read_text()
+
+
 def test_sharded_blocks_as_they_are_traced_make_another_run(
     single: Callable[[str], Path], tmp_path: Path, lean_run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

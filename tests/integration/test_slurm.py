@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,39 @@ def test_a_job_that_was_cancelled_comes_back(tmp_path: Path) -> None:
     # A loaded machine may need longer for its step than SLURM waits before it kills; then there is nothing to say.
     log = (run / "slurm" / f"{job}_0_log.out").read_text()
     assert "queueing" not in log and ("which is not queued again from here" in log or "Killed" in log)
+
+
+def test_a_preempted_job_is_lost_or_loses_steps(
+    tmp_path: Path, debug_run: Callable[..., int], fingerprint: Callable[..., str]
+) -> None:
+    """Both at once: a partition that lets its jobs save and then cancels them, and one that queues them again at once.
+
+    The one kills jobs that do not queue themselves again within a minute; the other sends SIGTERM twice in a row.
+    """
+    shown = subprocess.check_output(["sinfo", "--noheader", "--format=%R"], text=True).split()
+    if not {"dev_low", "dev_low_now", "dev_high"} <= set(shown):  # on another cluster it would end jobs of others
+        pytest.skip("only on the cluster of scripts/slurm_dev_cluster.sh")
+    runs = {name: tmp_path / name for name in ("dev_low", "dev_low_now")}
+    words = (TRAIN, *DEBUG, *LONG)
+    with ThreadPoolExecutor() as threads:  # together: neither is over when the other one starts
+        asked = [
+            threads.submit(submit, *words, "--output-dir", str(run), "--partition", name) for name, run in runs.items()
+        ]
+    jobs = {name: numbers.result()[0] for name, numbers in zip(runs, asked, strict=True)}
+    wait_until(lambda: all(num_steps(run) > 10 for run in runs.values()), "ten steps")
+    where = subprocess.check_output(["squeue", "--noheader", f"--jobs={','.join(jobs.values())}", "--format=%N"])
+    nodes = ",".join(sorted(set(where.decode().split())))
+    urgent = ["sbatch", "--partition=dev_high", "--exclusive", f"--nodelist={nodes}", "--output=/dev/null", "--wrap=:"]
+    subprocess.run(urgent, check=True)
+    assert debug_run(tmp_path / "uninterrupted", *LONG) == 0  # while they wait for their next start
+    for name, run in runs.items():
+        wait_until((run / "results.json").is_file, f"the end of the run in {name}")
+        log = (run / "slurm" / f"{jobs[name]}_0_log.out").read_text()
+        (saved,) = re.findall(r"stopped by SIGTERM after step (\d+), which is saved", log)
+        assert f"resumed after step {saved}" in (run / "logs" / "log.txt").read_text()
+        assert fingerprint(run, STEPS) == fingerprint(tmp_path / "uninterrupted", STEPS)
+        state = subprocess.check_output(["scontrol", "show", "job", jobs[name]], text=True)
+        assert "Restarts=1 " in state  # neither forgotten nor queued twice
 
 
 def test_an_array_mixes_up_its_runs_or_is_queued_again_as_a_whole(tmp_path: Path) -> None:

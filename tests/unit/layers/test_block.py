@@ -1,12 +1,14 @@
 from __future__ import annotations
 
-import copy
+from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
-from dinov2_equi.layers.block import Block, LayerNorm, draw_subset
+from dinov2_equi.layers.block import Block, TokenNorm, draw_subset
 from dinov2_equi.layers.layer_scale import LayerScale
 
 WIDTH = 16
@@ -147,13 +149,42 @@ def test_training_under_autocast_fails() -> None:
     assert torch.isfinite(x.grad).all()
 
 
-def test_weights_gathered_in_bfloat16_do_not_go_with_float32_tokens() -> None:
-    norm = LayerNorm(8)
+def test_short_parameters_of_a_norm_are_refused_or_shorten_its_input() -> None:
+    torch.manual_seed(0)
+    norm, x = TokenNorm(WIDTH), torch.randn(5, WIDTH)
     nn.init.normal_(norm.weight)
-    x = torch.randn(5, 8)
-    half = copy.deepcopy(norm).bfloat16()
-    found = half(x)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, copy.deepcopy(half).float()(x))  # of weights that are rounded, tokens that are not
-    assert torch.equal(norm(x), nn.LayerNorm.forward(norm, x))
-    assert half(x.bfloat16()).dtype == torch.bfloat16
+    expected = nn.functional.layer_norm(x, (WIDTH,), norm.weight.bfloat16().float(), norm.bias, norm.eps)
+    assert torch.equal(norm.bfloat16()(x), expected)
+    assert torch.equal(TokenNorm(WIDTH)(x.bfloat16()), nn.LayerNorm(WIDTH)(x.bfloat16()))
+
+
+def step_of(run: Callable[..., Tensor], block: Block, x: Tensor) -> tuple[Tensor, Counter[str]]:
+    """Return the gradient of the first weights, and how often a step calls each operation.
+
+    By a profiler: what is compiled does not run under a mode that counts.
+    """
+    block.zero_grad()
+    torch.manual_seed(0)  # the same images are dropped
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run(x, ((4, 5),)).square().sum().backward()
+    gradient = block.attn.qkv.weight.grad
+    assert gradient is not None
+    return gradient.clone(), Counter({event.key: event.count for event in profiler.key_averages()})
+
+
+@pytest.mark.slow
+def test_a_compiled_block_keeps_other_results_than_it_is_told_or_draws_other_images_again() -> None:
+    block, x = make_block(drop_path=0.5), torch.randn(20, WIDTH)
+    gradients, calls = {}, {}
+    for kept in ("all", "products", "inputs"):
+        block.checkpointed, block.keep_products = kept != "all", kept == "products"
+        # Decides what to keep as the real compiler does, and writes no code.
+        compiled = torch.compile(block, dynamic=False, backend="aot_eager_decomp_partition")
+        step_of(compiled, block, x)
+        gradients[kept], calls[kept] = step_of(compiled, block, x)
+    product, attention = "aten::addmm", "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert calls["all"][product] == calls["products"][product] < calls["inputs"][product]
+    assert calls["all"][attention] < calls["products"][attention] == calls["inputs"][attention]
+    assert all(torch.equal(gradient, gradients["all"]) for gradient in gradients.values())
+    block.checkpointed = False
+    torch.testing.assert_close(gradients["all"], step_of(block, block, x)[0])  # a norm is several operations there

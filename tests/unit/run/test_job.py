@@ -94,9 +94,11 @@ def test_a_task_that_the_first_one_waits_for_does_not_queue_the_job_again(
     assert calls == [["scontrol", "requeue", "17_0"]] and slept[0] >= 10
 
 
-def test_a_signal_while_python_starts_ends_the_job_for_good(tmp_path: Path, calls: list[list[str]]) -> None:
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
+def test_a_signal_while_python_starts_ends_the_job_for_good(tmp_path: Path, calls: list[list[str]], name: str) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, KEPT_WAITING)
-    signal.raise_signal(signal.SIGUSR2)  # to this thread: others, which a job does not have yet, do not keep it waiting
+    # To this thread: others, which a job does not have yet, do not keep it waiting.
+    signal.raise_signal(signal.Signals[name])
     with pytest.raises(SystemExit):
         job_of(tmp_path, "return 0")()
     assert calls == [["scontrol", "requeue", "17_0"]]
@@ -136,6 +138,26 @@ def test_a_job_that_was_cancelled_comes_back_or_one_without_time_does_not(
     monkeypatch.setattr(FakeJob, "state", state)
     with pytest.raises(SystemExit) as stopped:
         job_of(tmp_path, body)()
+    assert stopped.value.code == 75 and len(calls) == int(is_queued)
+
+
+# What SLURM 22.05 says of a pre-empted job that is still there.
+IN_ITS_GRACE_TIME = "RUNNING Reason=None Restarts=0 EndTime=Unknown PreemptTime=2026-03-01T10:00:00"
+CANCELLED_IN_ITS_GRACE_TIME = "COMPLETING Reason=None EndTime=2026-03-01T10:00:05 PreemptTime=2026-03-01T10:00:00"
+ENDED = "COMPLETING Reason=None Restarts=0 EndTime=2026-03-01T10:00:00 PreemptTime=2026-03-01T10:00:00"
+QUEUED_BY_SLURM = "COMPLETING Reason=None Restarts=1 EndTime=Unknown"
+
+
+@pytest.mark.parametrize(
+    ("state", "is_queued"),
+    [(IN_ITS_GRACE_TIME, True), (CANCELLED_IN_ITS_GRACE_TIME, False), (ENDED, True), (QUEUED_BY_SLURM, False)],
+)
+def test_a_preempted_job_is_lost_or_queued_twice(
+    tmp_path: Path, calls: list[list[str]], monkeypatch: pytest.MonkeyPatch, state: str, is_queued: bool
+) -> None:
+    monkeypatch.setattr(FakeJob, "state", state)
+    with pytest.raises(SystemExit) as stopped:
+        job_of(tmp_path, "return 75")()
     assert stopped.value.code == 75 and len(calls) == int(is_queued)
 
 

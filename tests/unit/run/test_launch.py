@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from submitit.core.utils import FailedJobError
 
 from dinov2_equi.config.schema import Config
 from dinov2_equi.distributed.setup import Launch
@@ -151,6 +152,32 @@ def test_a_harness_is_submitted_with_its_options_of_slurm_or_without_its_files(
     assert RecordingExecutor.parameters["partition"] == "p"
     assert copy.read_text() == "steps: 3\n"
     assert (copy.parent / "code" / RecordingExecutor.job.script).is_file()
+
+
+def test_a_partition_that_slurm_does_not_know_ends_in_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "sbatch: error: invalid partition specified: nope\nsbatch: error: Batch job submission failed"
+
+    class RefusingExecutor(RecordingExecutor):
+        def submit(self, job: launch.CommandJob) -> Any:
+            raise FailedJobError(said)
+
+        @contextlib.contextmanager
+        def batch(self) -> Any:  # jobs of an array are submitted at its end
+            yield
+            raise FailedJobError(said)
+
+    monkeypatch.setattr("submitit.SlurmExecutor", RefusingExecutor)
+    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/sbatch")
+    sweep = tmp_path / "a.yaml"
+    sweep.write_text("train:\n  seed: 1\n")
+    debug = ["--config-file", str(launch.ROOT / "configs" / "debug_cpu.yaml"), "--output-dir", str(tmp_path / "out")]
+    assert main([*debug, "--partition", "nope"]) == 2
+    assert main([*debug, "--partition", "nope", "--sweep", str(sweep)]) == 2
+    assert run_launched(["--partition", "nope", "--output", str(tmp_path / "out")], []) == 2
+    shown = "error: SLURM does not accept the job: " + said.replace("\n", "; ") + "\n"
+    assert capsys.readouterr().err == shown * 3
 
 
 def test_a_fault_that_a_harness_could_see_waits_in_the_queue(

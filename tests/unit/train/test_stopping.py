@@ -44,6 +44,16 @@ def test_a_second_signal_is_not_obeyed_at_once() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_a_preempted_job_is_killed_by_its_second_sigterm_before_it_has_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert in_a_child(signal.SIGTERM, signal.SIGTERM) == 7
+    assert in_a_child(signal.SIGUSR2, signal.SIGTERM) == 7
+    assert in_a_child(signal.SIGTERM, signal.SIGUSR1) == 128 + signal.SIGUSR1
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert in_a_child(signal.SIGTERM, signal.SIGTERM) == 128 + signal.SIGTERM
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 def test_a_loader_process_is_ended_by_what_its_training_was_sent() -> None:
     assert in_a_child(*STOP_SIGNALS, *STOP_SIGNALS, ignoring=True) == 7
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -69,5 +70,8 @@ def _fork(run: Callable[[int], int | None], rank: int) -> int:
     code = _EXCEPTION  # whatever happens, a test process must not go on here
     try:
         code = run(rank) or 0
+    except BaseException:
+        traceback.print_exc()
+        raise
     finally:
         os._exit(code)

@@ -17,6 +17,7 @@ RUN_ENTRIES = (
     "knn.json",
     "logs",
     "pictures",
+    "replay",
     "report.html",
     "results.json",
     "teacher_backbone.safetensors",
@@ -24,7 +25,8 @@ RUN_ENTRIES = (
     "tensorboard",
     "training_metrics.json",
 )
-"""What a run writes. The folder may hold other things: they are not ours to move."""
+"""What a run writes, but for the code and logs of its SLURM jobs, which may still run. The folder may hold other
+things: they are not ours to move."""
 _RUN_MARKS = ("checkpoints", "training_metrics.json")
 
 

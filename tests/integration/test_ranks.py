@@ -23,9 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dinov2_equi.data.batch import Batch
+from dinov2_equi.distributed.env import get_rank, get_world_size
 from dinov2_equi.fsdp.checkpoint import CheckpointStore
 from dinov2_equi.logging.metrics import read_metrics
 from dinov2_equi.train import guard
+from dinov2_equi.train.outputs import StepOutput
 from dinov2_equi.train.replay import replay_step
 from dinov2_equi.train.state import TrainState
 from dinov2_equi.train.step import NonFiniteLossError, train_step
@@ -365,6 +367,34 @@ def test_a_process_that_hangs_is_waited_for_without_end(
     assert "all_reduce" in stacks[0]
     shown = capfd.readouterr().err
     assert all(f"rank {rank}: nothing happened" in shown for rank in range(2))
+
+
+def test_one_process_skips_a_step_that_the_others_take(
+    tmp_path: Path, lean_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss that is not finite on one process, with gradients that are: nothing but the loss tells the others."""
+
+    def spoiled_step(state: TrainState, *arguments: Any) -> dict[str, float]:
+        if state.step != 3 or get_rank() + 1 != get_world_size():
+            return train_step(state, *arguments)
+        sound = state.model.forward_backward
+
+        def spoiled(*args: Any, **kwargs: Any) -> StepOutput:
+            output = sound(*args, **kwargs)
+            output.losses["total_loss"].fill_(torch.nan)
+            return output
+
+        with monkeypatch.context() as patch:
+            patch.setattr(state.model, "forward_backward", spoiled)
+            return train_step(state, *arguments)
+
+    monkeypatch.setattr(guard, "train_step", spoiled_step)
+    words = (*with_centering("sinkhorn_knopp"), *sharded("SHARD_GRAD_OP"), "optim.epochs=1", "optim.warmup_epochs=0")
+    words = (*words, "train.watchdog_seconds=20")  # a process that goes on waits for the other one
+    for world_size in (1, 2):
+        assert run_on(world_size, lean_run, tmp_path / str(world_size), *words) == [0] * world_size
+    assert_same_run(tmp_path / "1", tmp_path / "2")
+    assert read_metrics(tmp_path / "2" / "training_metrics.json")[-1]["skipped_steps"] == 1
 
 
 def test_a_bundle_lacks_the_images_of_the_process_that_was_at_fault(

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import pytest
 from dinov2_equi.fsdp import checkpoint as checkpoint_module
 from dinov2_equi.fsdp.checkpoint import CheckpointStore
 from dinov2_equi.logging.metrics import read_metrics
+from dinov2_equi.run.folder import RUN_ENTRIES, SET_ASIDE
 from dinov2_equi.train import guard, loop
 from dinov2_equi.train import state as train_state
 from dinov2_equi.train.step import NonFiniteLossError, train_step
@@ -391,6 +393,14 @@ def test_no_resume_moves_files_that_are_not_of_the_run(
     assert (folder / "README.md").read_text() == "mine"
     assert (folder / "photographs" / "1.jpg").read_text() == "mine"
     assert not (folder / "checkpoints" / "step_00000020").exists()
+
+
+def test_a_bundle_of_the_old_run_is_left_to_the_settings_of_the_new_one() -> None:
+    # The configuration of all bundles of a run lies beside them.
+    table = (REPOSITORY / "docs" / "run_folder.md").read_text().split("\n\n")[1]
+    documented = {re.sub(r"^`([^/`]+).*", r"\1", line.split("| ")[1]) for line in table.splitlines()[2:]}
+    assert documented - set(RUN_ENTRIES) == {"slurm", SET_ASIDE}
+    assert set(RUN_ENTRIES) <= documented
 
 
 def test_two_runs_set_aside_in_one_second_collide(

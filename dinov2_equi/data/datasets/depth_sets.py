@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -20,8 +21,8 @@ from dinov2_equi.data.datasets.pairs import (
     check_same_size,
     find_pairs,
     image_files,
-    read_label_image,
     read_lines,
+    stored_values,
 )
 
 Box = tuple[int, int, int, int]
@@ -35,6 +36,10 @@ NAMES = PairNames(
 )
 INVALID_16_BIT = 65535
 """What depth cameras write where they see nothing, beside 0."""
+
+_LARGEST_8_BIT = 255
+_LEAST_REACH = 1.0
+"""Metres: no depth map of a scene ends before, so that 8 bits were meant in other units."""
 
 KITTI_SIZE = (352, 1216)
 _NYU_SIZE = (480, 640)
@@ -73,11 +78,11 @@ class DepthSet:
         """Return an image, uint8 [3, H, W], and its depth, float32 [1, H, W] in metres, 0 where it is unknown.
 
         Raises:
-            DatasetError: a file cannot be read, or the two differ in size; names the file.
+            DatasetError: a file cannot be read, the two differ in size, or 8 bits do not reach far; names the file.
         """
         pair = self.pairs[index]
         image = image_to_tensor(read_rgb(pair.image))
-        values = read_label_image(pair.label)
+        values = self._depth_values(pair.label)
         check_same_size(image.shape[-2:], values.shape, pair)
         known = np.where(values == INVALID_16_BIT, 0, values) / self.units_per_metre
         depth = torch.from_numpy(known.astype(np.float32)).unsqueeze(0)  # [1, H, W]
@@ -85,6 +90,21 @@ class DepthSet:
             return image, depth
         top, left, bottom, right = self.window(*image.shape[-2:])
         return image[:, top:bottom, left:right], depth[:, top:bottom, left:right]
+
+    def _depth_values(self, path: Path) -> npt.NDArray[np.int32]:
+        """Return the values of a depth map.
+
+        Raises:
+            DatasetError: it has 8 bits, which in these units end before `_LEAST_REACH`.
+        """
+        values = stored_values(path)
+        reach = _LARGEST_8_BIT / self.units_per_metre
+        if values.dtype.itemsize == 1 and reach < _LEAST_REACH:
+            raise DatasetError(
+                f"{path} has 8 bits a pixel, which end at {reach:.2g} m with {self.units_per_metre:g} units a metre: "
+                "expected 16 bits; for 8 bits that are meant, give their --units-per-metre"
+            )
+        return values.astype(np.int32)
 
     def is_measured(self, depth: Tensor) -> Tensor:
         """Return where depth [..., H, W] is known, in range and inside the crop, bool of the same shape."""

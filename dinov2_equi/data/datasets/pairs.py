@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -142,7 +143,12 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def read_label_image(path: Path) -> npt.NDArray[np.int32]:
-    """Return the values of a grey or palette image as they are stored, int32 [H, W]: indices of a palette, 16 bits too.
+    """Return the values of a grey or palette image as they are stored, int32 [H, W]; see `stored_values`."""
+    return stored_values(path).astype(np.int32)
+
+
+def stored_values(path: Path) -> npt.NDArray[np.integer[Any] | np.bool_]:
+    """Return the values [H, W] of a grey or palette image in their own format: indices of a palette, 16 bits too.
 
     Raises:
         UnreadableImageError: the file cannot be read, or has colours instead of one channel; names the file.
@@ -156,7 +162,7 @@ def read_label_image(path: Path) -> npt.NDArray[np.int32]:
         raise UnreadableImageError(
             f"expected {path} to have one channel of whole numbers, got {list(values.shape)} of {values.dtype}"
         )
-    return values.astype(np.int32)
+    return values
 
 
 def check_same_size(image: Sequence[int], label: Sequence[int], pair: Pair) -> None:

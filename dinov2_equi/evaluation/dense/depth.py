@@ -225,7 +225,7 @@ def evaluate_depth(
         ValueError: none of the images counts.
     """
     model.eval()
-    mean = MeanOfImages()
+    mean = MeanOfImages(dataset.name(0))
     for index in share_of_rank(len(dataset)):
         image, truth = dataset.load(index)
         measured = dataset.is_measured(truth)
@@ -253,8 +253,11 @@ def constant_depth_metrics(train: DepthSet, val: DepthSet, device: torch.device 
         sums.append((float(known.sum()), known.numel()))
     total, count = (math.fsum(part) for part in zip(*chain(*gather_values(sums, device)), strict=True))
     if not count:
-        raise ValueError("expected training images with known depth, got none; check units_per_metre and max_depth")
-    mean = MeanOfImages()
+        raise ValueError(
+            f"expected training images with known depth, got none, {train.name(0)} the first of them; look at the "
+            "depth maps, units_per_metre and max_depth"
+        )
+    mean = MeanOfImages(val.name(0))
     for index in share_of_rank(len(val)):
         _, truth = val.load(index)
         measured = val.is_measured(truth)

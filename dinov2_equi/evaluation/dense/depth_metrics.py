@@ -130,9 +130,14 @@ def depth_metrics(prediction: Tensor, truth: Tensor, measured: Tensor) -> dict[s
 
 
 class MeanOfImages:
-    """The mean of measures over images: each image counts the same, however many of its pixels are measured."""
+    """The mean of measures over images: each image counts the same, however many of its pixels are measured.
 
-    def __init__(self) -> None:
+    Args:
+        first_image: path of the first one, for the error.
+    """
+
+    def __init__(self, first_image: str) -> None:
+        self._first_image = first_image
         self._found: list[dict[str, float]] = []
 
     def add(self, found: Mapping[str, float]) -> None:
@@ -152,6 +157,9 @@ class MeanOfImages:
         """
         images = [found for share in gather_values(self._found, device) for found in share]
         if not images:
-            raise ValueError("expected at least one image with known depth, got none; check max_depth and crop")
+            raise ValueError(
+                f"expected images to measure with known depth, got none, {self._first_image} the first of them; look "
+                "at the depth maps, units_per_metre, max_depth and crop"
+            )
         means = {name: math.fsum(found[name] for found in images) / len(images) for name in METRICS}
         return means | {"num_images": len(images)}

@@ -46,6 +46,15 @@ def test_depth_of_another_size_than_its_image_is_taken(tmp_path: Path) -> None:
         make_depth_set("folder", tmp_path, "train").load(0)
 
 
+def test_depth_of_8_bits_is_taken_for_millimetres(tmp_path: Path) -> None:
+    for name in ("1", "2"):
+        write_pair(tmp_path / f"images/{name}.png", tmp_path / f"depth/{name}.png", np.ones((4, 6)))
+        Image.fromarray(np.full((4, 6), 200, np.uint8)).save(tmp_path / f"depth/{name}.png")
+    with pytest.raises(DatasetError, match=r"depth/1\.png has 8 bits a pixel, which end at 0\.26 m .*units-per-metre"):
+        make_depth_set("folder", tmp_path, "train").load(0)
+    assert (make_depth_set("folder", tmp_path, "train", units_per_metre=100.0).load(0)[1] == 2.0).all()
+
+
 @pytest.mark.parametrize("mode", ["L", "I;16", "LA"])
 def test_grey_image_has_one_channel(tmp_path: Path, mode: str) -> None:
     for name in ("1", "2"):

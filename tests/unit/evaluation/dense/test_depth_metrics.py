@@ -77,14 +77,14 @@ def test_pixels_that_are_not_measured_count() -> None:
 
 
 def test_mean_over_images_weighs_their_pixels() -> None:
-    mean = MeanOfImages()
+    mean = MeanOfImages("0.png")
     first, second = (depth_metrics(*drawn(seed)) for seed in (0, 1))
     mean.add(first)
     mean.add(second)
     wanted = {name: (first[name] + second[name]) / 2 for name in METRICS} | {"num_images": 2}
     assert mean.result() == pytest.approx(wanted)
-    with pytest.raises(ValueError, match="at least one image"):
-        MeanOfImages().result()
+    with pytest.raises(ValueError, match="got none, 0.png the first of them"):
+        MeanOfImages("0.png").result()
 
 
 @pytest.mark.parametrize("focus", [0.0, 0.5, 0.85])

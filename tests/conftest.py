@@ -22,6 +22,16 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def gradients_after_fork() -> None:
+    """Let PyTorch count its devices now, while the CPU is the only one.
+
+    Exports name further ones. Where those are found at the first backward pass, processes that are forked later, as
+    those that stand in for ranks, refuse to compute gradients.
+    """
+    torch.ones(1, requires_grad=True).sum().backward()
+
+
 @pytest.fixture(scope="session")
 def make_config() -> Callable[..., Config]:
     """Return a function from `key=value` overrides to a validated configuration, by default on `debug_cpu.yaml`."""

@@ -27,7 +27,7 @@ from dinov2_equi.data.datasets.base import DatasetError, ImageDataset
 from dinov2_equi.data.datasets.channels import ChannelFormat
 from dinov2_equi.data.datasets.make import make_train_and_val
 from dinov2_equi.distributed.collectives import largest_of_ranks
-from dinov2_equi.distributed.env import get_rank, is_main_process
+from dinov2_equi.distributed.env import get_rank, is_main_process, share_of_batch
 from dinov2_equi.evaluation.dense.training import Losses
 from dinov2_equi.evaluation.dense_features import DENSE_FEATURES, check_features
 from dinov2_equi.evaluation.eval_model import EvalModel, shared_channels
@@ -99,7 +99,7 @@ def homography_settings(args: argparse.Namespace) -> HomographySettings:
     """Return the settings.
 
     Raises:
-        ValueError: for settings out of range.
+        ValueError: for settings out of range, or a batch that the processes cannot divide.
     """
     settings = HomographySettings(
         pairs=PairSettings((args.image_size[0], args.image_size[1]), args.patch, args.max_shift),
@@ -114,6 +114,7 @@ def homography_settings(args: argparse.Namespace) -> HomographySettings:
         seed=args.seed,
     )
     settings.check()
+    share_of_batch(settings.batch_size, launch.num_processes(args))
     if args.save_every < 1:
         raise ValueError(f"--save-every takes at least 1 step, got {args.save_every}")
     return settings

@@ -132,6 +132,7 @@ def test_the_number_of_processes_changes_what_is_measured(
         (("--features", "invariant"), "it has patches"),
         (("--max-shift", "7"), "quarter of the patch"),
         (("--save-every", "0"), "at least 1 step"),
+        (("--batch-size", "3", "--tasks-per-node", "2"), "images of all processes: take a multiple of 2"),
     ],
 )
 def test_a_fault_of_the_input_is_not_said_plainly_or_leaves_files(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import traceback
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 _EXCEPTION = 99
+_PATIENCE_S = 400
 
 
 def fork_ranks(world_size: int, run: Callable[[int], int | None]) -> list[int]:
@@ -67,6 +69,7 @@ def _fork(run: Callable[[int], int | None], rank: int) -> int:
     child = os.fork()
     if child:
         return child
+    signal.alarm(_PATIENCE_S)  # one that waits for another for ever fails its test
     code = _EXCEPTION  # whatever happens, a test process must not go on here
     try:
         code = run(rank) or 0

@@ -186,6 +186,32 @@ def restored_logging() -> Iterator[None]:
         handler.close()
 
 
+@pytest.fixture(scope="session")
+def write_uneven_pairs() -> Callable[[Path, int], Path]:
+    """Return a function that writes so many images [24, 32] with depth and two classes; the last fifth is measured.
+
+    Ever more pixels are unknown, so that processes see different numbers of them.
+    """
+
+    def write(root: Path, count: int) -> Path:
+        rng = np.random.default_rng(0)
+        for name in ("images", "depth", "annotations"):
+            (root / name).mkdir(parents=True)
+        for number in range(count):
+            far = rng.integers(0, 2, (3, 4)).repeat(8, axis=0).repeat(8, axis=1)  # [24, 32]
+            unknown = rng.random(far.shape) < 0.04 * number
+            pixels = np.stack([far * 200 + 20] * 3, axis=-1).astype(np.uint8)
+            Image.fromarray(pixels).save(root / f"images/{number}.png")
+            depth = np.where(unknown, 0, far * 3000 + 1000).astype(np.uint16)
+            Image.fromarray(depth).save(root / f"depth/{number}.png")
+            labels = np.where(unknown, 255, far).astype(np.uint8)
+            Image.fromarray(labels).save(root / f"annotations/{number}.png")
+        (root / "classes.txt").write_text("near\nfar\n")
+        return root
+
+    return write
+
+
 @pytest.fixture
 def run_on_ranks() -> Callable[[int, Callable[[], int]], list[int]]:
     """Return a function that calls another in forked processes, as a launcher starts them; it returns their results."""

@@ -53,22 +53,9 @@ def script(load_script: Callable[[Path], ModuleType]) -> Script:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, write_uneven_pairs: Callable[[Path, int], Path]) -> Path:
     """Return images with depth maps and class maps, of which some pixels are unknown."""
-    root = tmp_path_factory.mktemp("dense")
-    rng = np.random.default_rng(0)
-    for name in ("images", "depth", "annotations"):
-        (root / name).mkdir()
-    for number in range(11):
-        far = rng.integers(0, 2, (3, 4)).repeat(8, axis=0).repeat(8, axis=1)  # [24, 32]
-        unknown = rng.random((24, 32)) < 0.04 * number  # the processes see different numbers of pixels
-        pixels = np.stack([far * 200 + 20] * 3, axis=-1).astype(np.uint8)
-        Image.fromarray(pixels).save(root / f"images/{number}.png")
-        depth = np.where(unknown, 0, far * 3000 + 1000).astype(np.uint16)
-        Image.fromarray(depth).save(root / f"depth/{number}.png")
-        Image.fromarray(np.where(unknown, 255, far).astype(np.uint8)).save(root / f"annotations/{number}.png")
-    (root / "classes.txt").write_text("near\nfar\n")
-    return root
+    return write_uneven_pairs(tmp_path_factory.mktemp("dense"), 11)
 
 
 def numbers_in(folder: Path) -> dict[str, Any]:

@@ -76,21 +76,9 @@ def folder(labelled_pairs: Path) -> Path:
 
 
 @pytest.fixture
-def uneven(tmp_path: Path) -> Path:
-    """Return images with class maps, three of them to measure, of which ever more pixels are unknown."""
-    rng = np.random.default_rng(0)
-    for number in range(11):
-        split = "val" if number > 7 else "train"
-        for name in ("images", "annotations"):
-            (tmp_path / "data" / name / split).mkdir(parents=True, exist_ok=True)
-        classes = rng.integers(0, 2, (3, 4)).repeat(8, axis=0).repeat(8, axis=1)  # [24, 32]
-        unknown = rng.random((24, 32)) < 0.04 * number  # the processes see different numbers of pixels
-        pixels = np.stack([classes * 200 + 20] * 3, axis=-1).astype(np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"data/images/{split}/{number:02}.png")
-        labels = np.where(unknown, IGNORE, classes).astype(np.uint8)
-        Image.fromarray(labels).save(tmp_path / f"data/annotations/{split}/{number:02}.png")
-    (tmp_path / "data/classes.txt").write_text("dark\nbright\n")
-    return tmp_path / "data"
+def uneven(tmp_path: Path, write_uneven_pairs: Callable[[Path, int], Path]) -> Path:
+    """Return images with class maps, three of which are measured."""
+    return write_uneven_pairs(tmp_path / "data", 15)
 
 
 def backbone(patch_size: int = 8) -> EvalModel:
@@ -421,8 +409,14 @@ def assert_same_training(found: Path, wanted: Path, steps: int) -> None:
     """Compare two trainings whose sums were taken in another order, which a few steps of AdamW have carried on."""
     (numbers, weights), (wanted_numbers, wanted_weights) = (numbers_and_weights(f, steps) for f in (found, wanted))
     assert numbers["train_loss"]["loss"] == pytest.approx(wanted_numbers["train_loss"]["loss"], rel=1e-4)
-    for name in ("miou", "mmseg", "iou", "num_images"):  # of few pixels between two classes one may change sides
-        assert numbers[name] == pytest.approx(wanted_numbers[name], abs=2e-3 * (100 if name == "mmseg" else 1))
+    for name in (
+        "miou",
+        "mmseg",
+        "iou",
+        "num_images",
+    ):  # a few of 1,600 pixels are between two classes and change sides
+        assert numbers[name] == pytest.approx(wanted_numbers[name], abs=1e-2 * (100 if name == "mmseg" else 1))
+    assert numbers["majority_baseline"] == wanted_numbers["majority_baseline"]  # of the true classes: no image twice
     assert weights.keys() == wanted_weights.keys()
     apart = torch.cat([(weights[name] - value).abs().flatten() for name, value in wanted_weights.items()])
     # A gradient that is rounding, such as that of a bias before a batch norm, makes steps as large as the others.
@@ -476,11 +470,10 @@ def test_a_signal_to_one_process_loses_the_step_or_another_number_cannot_go_on(
 
 
 def test_processes_without_an_image_to_measure_end_the_run(
-    tmp_path: Path, script: ModuleType, uneven: Path, run_on_ranks: OnRanks
+    tmp_path: Path, script: ModuleType, write_uneven_pairs: Callable[[Path, int], Path], run_on_ranks: OnRanks
 ) -> None:
-    for path in sorted((uneven / "images/val").glob("*.png"))[1:]:
-        path.unlink()
-    words = (*TINY, *RECIPE, "steps=1", "warmup_steps=0", "--data", str(uneven), "--output")
+    data = write_uneven_pairs(tmp_path / "data", 5)  # one to measure
+    words = (*TINY, *RECIPE, "steps=1", "warmup_steps=0", "--data", str(data), "--output")
     assert script.main([*words, str(tmp_path / "one")]) == 0
     assert run_on_ranks(2, lambda: script.main([*words, str(tmp_path / "two")])) == [0, 0]
     assert_same_training(tmp_path / "two", tmp_path / "one", 1)
